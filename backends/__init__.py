@@ -1,0 +1,14 @@
+"""Targets by name: the class that builds an artefact, and the function that loads one without what building needs."""
+
+from __future__ import annotations
+
+BACKENDS = {
+    "cpu": "sylvester.backends.cpu:Cpu",
+    "null": "sylvester.backends.null:Null",
+    "reference": "sylvester.backends.reference:Reference",
+}
+LOADERS = {
+    "cpu": "sylvester.backends.cpu_runtime:load",
+    "null": "sylvester.backends.null:load",
+    "reference": "sylvester.backends.reference:load",
+}

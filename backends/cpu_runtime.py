@@ -1,0 +1,201 @@
+"""Load and run a CPU artefact: mapped weights, one thread team, one arena reused between calls. Needs numpy only."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sylvester.backends.cpu_library import Library, choose
+from sylvester.backends.memory import aligned, aligned_empty, aligned_zeros
+from sylvester.backends.tensor_file import map_tensors
+from sylvester.compiler import binding, knobs
+from sylvester.compiler.errors import ArtefactError, CompileError, InputError
+from sylvester.compiler.manifest import WEIGHTS, EntrySpec, Manifest
+from sylvester.compiler.runner import State, entry_of
+
+Array = NDArray[np.generic]
+OUT_OF_RANGE = 1
+NO_MEMORY = -1
+KEPT_CALLS = 64
+
+
+@dataclass
+class Call:
+    """One entry at fixed sizes: output shapes, arena size and the pointer table with the weights filled in."""
+
+    sizes: Any
+    buffers: Any
+    outputs: list[tuple[int, ...]]
+    arena: int
+    state: weakref.ref[State] | None = None
+
+
+class Engine:
+    """Runs entries; safe to share between threads, which take turns, and after a fork."""
+
+    def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
+        self.manifest = manifest
+        self.threads = threads or _wanted_threads(manifest)
+        self.library = Library(choose(folder, manifest.isas), list(manifest.entries))
+        self._weights = _load_weights(folder, manifest)
+        self._calls: dict[object, Call] = {}
+        self._arena: Array = aligned_empty((0,), "uint8")
+        self._closed = False
+        self._start()
+        ENGINES.add(self)
+
+    @property
+    def isa(self) -> str:
+        return self.library.path.stem
+
+    def new_state(self, entry: str, inputs: Mapping[str, Array]) -> State:
+        """Zeroed slots for the batch of `inputs`."""
+        spec = self.manifest.entries[entry_of(self.manifest, entry)]
+        blank = State({})
+        arrays = binding.complete(spec, inputs, blank)
+        values = binding.bind(spec, arrays, None, self.manifest.state)
+        shapes = binding.state_shapes(spec, self.manifest.state, values)
+        slots = self.manifest.state
+        return State(
+            {n: aligned_zeros(s, binding.DTYPES.get(slots[n].dtype, slots[n].dtype)) for n, s in shapes.items()}
+        )
+
+    def run(self, entry: str, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
+        """One call of an entry; `InputError` when the inputs do not fit, with what was found and expected."""
+        spec = self.manifest.entries[entry_of(self.manifest, entry)]
+        arrays = [aligned(a) for a in binding.complete(spec, inputs, state)]
+        with self._lock:
+            if self._closed:
+                raise CompileError("the artefact is closed", hint="load it again with sv.load")
+            call = self._prepare(entry, spec, arrays, state)
+            outputs = [
+                aligned_empty(shape, binding.DTYPES.get(o.dtype, o.dtype))
+                for shape, o in zip(call.outputs, spec.outputs, strict=True)
+            ]
+            self._execute(entry, call, arrays, state, outputs)
+        return {o.name: array for o, array in zip(spec.outputs, outputs, strict=True)}
+
+    def close(self) -> None:
+        """Stop the threads; a later run is an error."""
+        with self._lock:
+            self._closed = True
+            if self._free is not None:
+                self._free()
+
+    def _start(self) -> None:
+        """A fresh lock, and no team until the first run: also what a forked child needs, whose threads are gone."""
+        self._lock = threading.Lock()
+        self._team: int | None = None
+        self._free: weakref.finalize[Any, Engine] | None = None
+
+    def after_fork(self) -> None:
+        if self._free is not None:
+            self._free.detach()
+        self._start()
+
+    def _make_team(self) -> int:
+        team = self.library.team_new(self.threads)
+        if not team:
+            raise CompileError(f"cannot start {self.threads} threads", hint=f"set {knobs.THREADS.name} to fewer")
+        self._free = weakref.finalize(self, self.library.team_free, team)
+        return int(team)
+
+    def _prepare(self, entry: str, spec: EntrySpec, arrays: Sequence[Array], state: State | None) -> Call:
+        key = (entry, tuple(a.shape for a in arrays), state.shapes if state and spec.states else ())
+        if key not in self._calls:
+            values = binding.bind(spec, arrays, state if spec.states else None, self.manifest.state)
+            if len(self._calls) >= KEPT_CALLS:
+                self._calls.pop(next(iter(self._calls)))
+            self._calls[key] = self._call(entry, spec, list(values.values()))
+        return self._calls[key]
+
+    def _call(self, entry: str, spec: EntrySpec, values: Sequence[int]) -> Call:
+        sizes = (ctypes.c_int64 * max(len(values), 1))(*values)
+        ranks = [len(t.shape) for t in spec.inputs], [len(t.shape) for t in spec.outputs]
+        states = sum(len(self.manifest.state[name].shape) for name in spec.states)
+        dims = (ctypes.c_int64 * max(sum(ranks[0]) + sum(ranks[1]) + states, 1))()
+        self.library.entry("shapes", entry)(sizes, dims)
+        shapes, at = [], sum(ranks[0])
+        for rank in ranks[1]:
+            shapes.append(tuple(dims[at : at + rank]))
+            at += rank
+        count = len(spec.inputs) + len(spec.weights) + len(spec.states) + len(spec.outputs) + 1
+        buffers = (ctypes.c_void_p * count)()
+        for index, name in enumerate(spec.weights, len(spec.inputs)):
+            buffers[index] = self._weights[name].ctypes.data
+        return Call(sizes, buffers, shapes, int(self.library.entry("arena", entry)(sizes)))
+
+    def _execute(
+        self, entry: str, call: Call, arrays: Sequence[Array], state: State | None, outputs: Sequence[Array]
+    ) -> None:
+        spec = self.manifest.entries[entry]
+        if call.arena > self._arena.nbytes:
+            self._arena = aligned_empty((call.arena,), "uint8")
+        if self._team is None:
+            self._team = self._make_team()
+        if state is not None and spec.states and (call.state is None or call.state() is not state):
+            _point(call.buffers, len(arrays) + len(spec.weights), [state.arrays[name] for name in spec.states])
+            call.state = weakref.ref(state)
+        _point(call.buffers, 0, arrays)
+        _point(call.buffers, len(arrays) + len(spec.weights) + len(spec.states), [*outputs, self._arena])
+        code = self.library.entry("run", entry)(self._team, call.sizes, call.buffers)
+        if code:
+            raise _error(int(code), int(self.library.error_value(self._team)), spec, arrays)
+
+
+def _point(buffers: Any, first: int, arrays: Sequence[Array]) -> None:
+    for index, array in enumerate(arrays, first):
+        buffers[index] = array.ctypes.data
+
+
+def _wanted_threads(manifest: Manifest) -> int:
+    """The knob, else what the artefact was compiled for, else every core."""
+    return knobs.threads() if knobs.THREADS.get() != "0" else manifest.threads or knobs.threads()
+
+
+def _error(code: int, value: int, spec: EntrySpec, arrays: Sequence[Array]) -> CompileError:
+    if code == OUT_OF_RANGE:
+        holders = [
+            s.name for s, a in zip(spec.inputs, arrays, strict=True) if a.dtype.kind in "iu" and (a == value).any()
+        ]
+        place = f" in input {holders[0]!r}" if holders else ""
+        return InputError(f"index {value}{place} is out of range", hint="token ids must be smaller than the vocabulary")
+    if code == NO_MEMORY:
+        return CompileError("out of memory for the scratch space of the threads", hint="use a smaller batch or length")
+    return CompileError(f"the compiled code failed with code {code} and value {value}")
+
+
+def _load_weights(folder: Path, manifest: Manifest) -> dict[str, Array]:
+    used = {name for entry in manifest.entries.values() for name in entry.weights}
+    if not used:
+        return {}
+    tensors = map_tensors(folder / WEIGHTS)
+    if missing := sorted(used - set(tensors)):
+        raise ArtefactError(
+            f"{WEIGHTS} in {str(folder)!r} has no tensor {missing[0]!r}", hint="compile the model again"
+        )
+    return {name: tensors[name] for name in used}
+
+
+ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for engine in list(ENGINES):
+        engine.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def load(folder: Path, manifest: Manifest, threads: int | None = None) -> Engine:
+    return Engine(folder, manifest, threads)

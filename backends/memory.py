@@ -1,0 +1,39 @@
+"""Arrays that start on a cache line and may be read a cache line past their end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+LINE = 64
+
+
+def aligned_empty(shape: Sequence[int], dtype: str) -> NDArray[np.generic]:
+    """Uninitialised, 64-byte aligned, with 64 bytes of slack behind."""
+    return _place(np.empty(_room(shape, dtype), np.uint8), shape, dtype)
+
+
+def aligned_zeros(shape: Sequence[int], dtype: str) -> NDArray[np.generic]:
+    """Zeros; memory is committed when it is first written."""
+    return _place(np.zeros(_room(shape, dtype), np.uint8), shape, dtype)
+
+
+def aligned(array: NDArray[np.generic]) -> NDArray[np.generic]:
+    """The array itself when it is contiguous on a cache line, else a copy that is."""
+    if array.flags.c_contiguous and array.ctypes.data % LINE == 0:
+        return array
+    copy = aligned_empty(array.shape, array.dtype.name)
+    copy[...] = array
+    return copy
+
+
+def _room(shape: Sequence[int], dtype: str) -> int:
+    return prod(shape) * np.dtype(dtype).itemsize + 2 * LINE
+
+
+def _place(raw: NDArray[np.uint8], shape: Sequence[int], dtype: str) -> NDArray[np.generic]:
+    start = -raw.ctypes.data % LINE
+    return raw[start : start + prod(shape) * np.dtype(dtype).itemsize].view(dtype).reshape(shape)

@@ -1,0 +1,106 @@
+"""The manifest of a program: symbols with their ranges, inputs, weights, state and outputs of every entry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._sympy.numbers import int_oo
+
+from sylvester.compiler.manifest import EntrySpec, Generation, Manifest, OutputSpec, SlotSpec, Symbol, TensorSpec
+from sylvester.compiler.program import Entry, Program, binding, value
+from sylvester.compiler.target import Target
+
+Size = int | str
+EXPORT_MINIMUM = 2
+"""torch.export assumes sizes of at least 2; graphs in value semantics hold for 1 as well."""
+
+
+def manifest(
+    program: Program, target: Target, *, isas: Sequence[str] = (), weights: Mapping[str, Sequence[str]] | None = None
+) -> Manifest:
+    """All of the manifest but the files. `weights` names the stored tensors of an entry where they are packed anew."""
+    entries = {name: entry_spec(program, entry, (weights or {}).get(name)) for name, entry in program.entries.items()}
+    slots = {n: SlotSpec(s.index, dtype_text(s.dtype), shape_text(s.shape)) for n, s in program.state.items()}
+    info = program.info
+    generates = bool(slots) and info.get("max_length")
+    return Manifest(
+        target=target.name,
+        entries=entries,
+        isas=tuple(isas),
+        state=slots,
+        output=OutputSpec(str(info.get("output_type", "tensor"))),
+        generation=Generation(int(info["max_length"]), tuple(info.get("eos_token_ids", ()))) if generates else None,
+        threads=target.threads,
+    )
+
+
+def entry_spec(program: Program, entry: Entry, weights: Sequence[str] | None = None) -> EntrySpec:
+    results = zip(entry.outputs, entry.results(), strict=True)
+    return EntrySpec(
+        symbols=symbols(program, entry),
+        inputs=tuple(tensor_spec(binding(n).key, value(n)) for n in entry.placeholders("input")),
+        weights=tuple([binding(n).key for n in entry.placeholders("weight")] if weights is None else weights),
+        states=tuple(binding(n).key for n in entry.placeholders("state")),
+        outputs=tuple(tensor_spec(o.name, value(n)) for o, n in results if o.kind == "output"),
+    )
+
+
+def tensor_spec(name: str, tensor: Tensor) -> TensorSpec:
+    return TensorSpec(name, dtype_text(tensor.dtype), shape_text(tensor.shape))
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    """The dtype without its `torch.` prefix, which is numpy's name where numpy has the type."""
+    return str(dtype).removeprefix("torch.")
+
+
+def shape_text(shape: Sequence[int | torch.SymInt]) -> tuple[Size, ...]:
+    return tuple(size_text(n) for n in shape)
+
+
+def size_text(size: int | torch.SymInt) -> Size:
+    """A number, or the expression of a symbolic size."""
+    if isinstance(size, torch.SymInt):
+        expression = size.node.expr
+        return int(expression) if expression.is_Integer else str(expression)
+    return int(size)
+
+
+def symbols(program: Program, entry: Entry) -> tuple[Symbol, ...]:
+    """The symbols in the shapes of inputs and state, by name: the order of `sizes` in compiled code."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for node in entry.placeholders():
+        for size in value(node).shape:
+            if isinstance(size, torch.SymInt):
+                found |= {str(s): (s, size.node.shape_env) for s in size.node.expr.free_symbols}
+    limits = _length_limits(program, entry)
+    return tuple(_symbol(name, *found[name], limits.get(name)) for name in sorted(found))
+
+
+def _symbol(name: str, symbol: Any, shape_env: Any, limit: int | None) -> Symbol:
+    interval = shape_env.var_to_range.get(symbol)
+    lower = 1 if interval is None else int(interval.lower)
+    upper = None if interval is None or interval.upper is int_oo else _finite(interval.upper)
+    bounds = [n for n in (upper, limit) if n is not None]
+    return Symbol(name, lower if lower > EXPORT_MINIMUM else 1, min(bounds) if bounds else None)
+
+
+def _finite(bound: Any) -> int | None:
+    """Upper bounds next to the largest 64-bit integer are torch's way to say unbounded."""
+    return int(bound) if bound.is_Integer and int(bound) < 2**62 else None
+
+
+def _length_limits(program: Program, entry: Entry) -> dict[str, int]:
+    """The token dimension of an entry with state is limited by what the caches hold."""
+    if not entry.placeholders("state") or not program.info.get("max_length"):
+        return {}
+    tokens = [s for n in entry.placeholders("input") for s in _token_symbols(n)]
+    return dict.fromkeys(tokens, int(program.info["max_length"]))
+
+
+def _token_symbols(node: fx.Node) -> list[str]:
+    shape = shape_text(value(node).shape)
+    return [str(shape[1])] if len(shape) > 1 and isinstance(shape[1], str) else []

@@ -1,0 +1,288 @@
+"""A loop nest as one C function, written with names of its own so that equal nests give equal text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sylvester.codegen.index import Atom, Index, Loaded, Quotient, Remainder, Size, Var, atom, c_text, index, product
+from sylvester.codegen.lazy import Buffer, Reduce, Shape, Store
+from sylvester.codegen.scalar import BYTES, C_TYPES, FLOATS, Expr, Load, c_expression
+from sylvester.codegen.schedule import LoopNest, Member, loads, row_offset, row_variables
+
+MAX_LOCAL_BYTES = 16384
+START = {"sum": "0", "prod": "1", "any": "0", "all": "1"}
+COMBINE = {
+    "sum": "{0} += {1};", "prod": "{0} *= {1};", "any": "{0} |= ({1} != 0);", "all": "{0} &= ({1} != 0);",
+    "max": "{0} = {1} > {0} ? {1} : {0};", "min": "{0} = {1} < {0} ? {1} : {0};",
+}  # fmt: skip
+CLAUSE = {"sum": "+", "prod": "*", "any": "|", "all": "&", "max": "max", "min": "min"}
+
+
+@dataclass(frozen=True)
+class LoopFunction:
+    """C text with NAME for its name, the buffers and sizes to pass in order, and the scalar operations of a call."""
+
+    text: str
+    buffers: tuple[str, ...]
+    sizes: tuple[Size, ...]
+    work: Index
+
+
+@dataclass
+class Emitter:
+    """Collects the parameters and lines of one nest."""
+
+    nest: LoopNest
+    buffers: dict[str, Buffer]
+    private: set[str]
+    parameters: dict[str, str] = field(default_factory=dict)
+    sizes: dict[Size, str] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    hoisted: dict[str, str] = field(default_factory=dict)
+    variables: int = 0
+    depth: int = 2
+
+    def emit(self) -> LoopFunction:
+        rows = product(self.nest.rows)
+        for number, member in enumerate(self.nest.members):
+            self._member(number, member)
+        body = self.lines
+        self.lines = []
+        head = self._head(rows)
+        arguments = [self._parameter(name, text) for name, text in self.parameters.items()]
+        signature = ", ".join(["const sv_thread *t", *arguments, *(f"int64_t {n}" for n in self.sizes.values())])
+        text = "\n".join([f"static void NAME({signature}) {{", *head, *body, *self._advance(), "  }", "}"])
+        return LoopFunction(text, tuple(self.parameters), tuple(self.sizes), rows * self._row_work())
+
+    def _parameter(self, name: str, text: str) -> str:
+        const = "" if name in self.nest.writes else "const "
+        return f"{const}{C_TYPES[self.buffers[name].dtype]} *restrict {text}"
+
+    def _row_work(self) -> Index:
+        total = index(0)
+        for member in self.nest.members:
+            inner = [atom(Var(f"i{d}", n)) for d, n in enumerate(member.inner)]
+            operations = member.element(row_variables(self.nest.rows), inner).operations + 1
+            total = total + product(member.inner) * operations
+        return total
+
+    def _head(self, rows: Index) -> list[str]:
+        """Split the rows over the threads and set the row counters to the first one."""
+        lines = ["  int64_t lo, hi;", f"  sv_split({self._index(rows)}, 1, t, &lo, &hi);"]
+        rest = "lo"
+        for d in reversed(range(len(self.nest.rows))):
+            extent = self._index(self.nest.rows[d])
+            lines.append(f"  int64_t r{d} = {rest} % ({extent});" if d else f"  int64_t r0 = {rest};")
+            rest = f"({rest} / ({extent}))"
+        return [*lines, "  for (int64_t row = lo; row < hi; row++) {"]
+
+    def _advance(self) -> list[str]:
+        """Step the row counters like an odometer."""
+        lines: list[str] = []
+        indent = "    "
+        for d in reversed(range(1, len(self.nest.rows))):
+            lines.append(f"{indent}if (++r{d} == {self._index(self.nest.rows[d])}) {{ r{d} = 0;")
+            indent += "  "
+        if self.nest.rows:
+            lines.append(f"{indent}r0++;")
+        lines.extend("    " + "}" for _ in range(len(self.nest.rows) - 1))
+        return lines
+
+    def _member(self, number: int, member: Member) -> None:
+        rows = row_variables(self.nest.rows)
+        axes = _split_axes(member, rows, member.inner)
+        inner: list[Index] = []
+        loops: list[Var] = []
+        for parts in axes:
+            position = index(0)
+            for extent in parts:
+                variable = Var(f"i{self.variables}", extent)
+                self.variables += 1
+                loops.append(variable)
+                position = position * extent + atom(variable)
+            inner.append(position)
+        kept = sum(len(parts) for parts in axes[: member.extra])
+        element, place = member.element(rows, inner), member.place(rows, inner)
+        if isinstance(member.step, Store):
+            self._store(member.step, loops, element, place)
+        else:
+            self._reduce(number, member.step, loops, kept, element, place, inner[member.extra :])
+
+    def _store(self, step: Store, loops: Sequence[Var], element: Expr, place: Index) -> None:
+        if step.buffer in self.private:
+            self._declare_private(step)
+        value, target = self._value(element), self._target(step.buffer, place)
+        self._open(loops, "#pragma omp simd")
+        self._line(f"{target} = {value};")
+        self._close(len(loops))
+
+    def _reduce(
+        self, number: int, step: Reduce, loops: Sequence[Var], kept: int, element: Expr, place: Index, reduced: Sequence[Index]
+    ) -> None:
+        value, target = self._value(element), self._target(step.buffer, place)
+        total, kind = f"a{number}", step.kind
+        source = element.dtype
+        self._open(loops[:kept], "")
+        if kind in ("argmax", "argmin"):
+            at = self._index(_flat(reduced, step.inner))
+            worst = "-INFINITY" if kind == "argmax" else "INFINITY"
+            self._line(f"{C_TYPES[source]} best{number} = {worst if source in FLOATS else _extreme(kind[3:], source)}; int64_t {total} = 0;")
+            self._open(loops[kept:], "")
+            sign = ">" if kind == "argmax" else "<"
+            self._line(f"const {C_TYPES[source]} v = {value}; if (v {sign} best{number}) {{ best{number} = v; {total} = {at}; }}")
+        else:
+            start = START.get(kind) or _extreme(kind, step.dtype)
+            self._line(f"{C_TYPES[step.dtype]} {total} = {start};")
+            self._open(loops[kept:], f"#pragma omp simd reduction({CLAUSE[kind]}:{total})")
+            once = value if kind not in ("max", "min") else "v"
+            if once == "v":
+                self._line(f"const {C_TYPES[step.dtype]} v = {value};")
+            self._line(COMBINE[kind].format(total, once))
+        self._close(len(loops) - kept)
+        if step.buffer not in self.private:
+            self._line(f"{target} = {total};")
+        self._close(kept)
+
+    def _declare_private(self, step: Store) -> None:
+        (member,) = self.nest.written_by(step.buffer)
+        size = product(member.inner).constant
+        self._line(f"{C_TYPES[step.dtype]} l{self._private_name(step.buffer)}[{size}] __attribute__((aligned(64)));")
+
+    def _private_name(self, buffer: str) -> int:
+        return next(n for n, m in enumerate(self.nest.members) if m.step.buffer == buffer)
+
+    def _target(self, buffer: str, place: Index) -> str:
+        if buffer in self.private:
+            return self._private_text(Load(buffer, place, "f32"))
+        return f"{self._pointer(buffer)}[{self._index(place)}]"
+
+    def _private_text(self, load: Load) -> str:
+        number = self._private_name(load.buffer)
+        if isinstance(self.nest.members[number].step, Reduce):
+            return f"a{number}"
+        rest = row_offset(self.nest, load)
+        assert rest is not None
+        return f"l{number}[{self._index(rest)}]"
+
+    def _pointer(self, buffer: str) -> str:
+        return self.parameters.setdefault(buffer, f"p{len(self.parameters)}")
+
+    def _value(self, element: Expr) -> str:
+        return c_expression(element, self._load, self._index)
+
+    def _load(self, load: Load) -> str:
+        if load.buffer in self.private:
+            return self._private_text(load)
+        return f"{self._pointer(load.buffer)}[{self._index(load.offset)}]"
+
+    def _index(self, value: Index) -> str:
+        return c_text(value, self._atom)
+
+    def _atom(self, a: Atom) -> str:
+        if isinstance(a, Size):
+            return self.sizes.setdefault(a, f"n{len(self.sizes)}")
+        if isinstance(a, Loaded):
+            return self._loaded(a)
+        assert isinstance(a, Var)
+        return a.name
+
+    def _loaded(self, a: Loaded) -> str:
+        """A checked read of a position; read once per row when it does not change inside the row."""
+        text = self._value(a.expression)
+        checked = text if a.limit is None else f"sv_index(t, {text}, {self._index(a.limit)})"
+        if any(v.name.startswith("i") for v in a.expression.atoms if isinstance(v, Var)):
+            return checked
+        if checked not in self.hoisted:
+            self.hoisted[checked] = f"h{len(self.hoisted)}"
+            self._line(f"const int64_t {self.hoisted[checked]} = {checked};")
+        return self.hoisted[checked]
+
+    def _open(self, loops: Sequence[Var], pragma: str) -> None:
+        for n, variable in enumerate(loops):
+            if pragma and n == len(loops) - 1:
+                self.lines.append(pragma)
+            extent = self._index(variable.extent)
+            self._line(f"for (int64_t {variable.name} = 0; {variable.name} < {extent}; {variable.name}++) {{")
+            self.depth += 1
+
+    def _close(self, count: int) -> None:
+        for _ in range(count):
+            self.depth -= 1
+            self._line("}")
+
+    def _line(self, text: str) -> None:
+        self.lines.append("  " * self.depth + text)
+
+
+def _flat(indices: Sequence[Index], shape: Shape) -> Index:
+    offset = index(0)
+    for i, n in zip(indices, shape, strict=True):
+        offset = offset * n + i
+    return offset
+
+
+def _extreme(kind: str, dtype: str) -> str:
+    """The value that every other beats."""
+    if dtype in FLOATS:
+        return "-INFINITY" if kind == "max" else "INFINITY"
+    return "INT64_MIN" if kind == "max" else "INT64_MAX"
+
+
+def _split_axes(member: Member, rows: list[Index], inner: Shape) -> list[list[Index]]:
+    """Cut inner axes where the body takes quotients and remainders of them, so that those disappear."""
+    axes: list[list[Index]] = [[n] for n in inner]
+    for _ in range(4):
+        variables = [[atom(Var(f"i{d}_{p}", n)) for p, n in enumerate(parts)] for d, parts in enumerate(axes)]
+        positions = [_flat(v, tuple(parts)) for v, parts in zip(variables, axes, strict=True)]
+        found = {*member.element(rows, positions).atoms, *member.place(rows, positions).atoms}
+        cut = _wanted_cut(found, axes)
+        if cut is None:
+            return axes
+        axis, part, width = cut
+        extent = axes[axis][part].constant
+        assert extent is not None
+        axes[axis][part : part + 1] = [index(extent // width), index(width)]
+    return axes
+
+
+def _wanted_cut(found: set[Atom], axes: list[list[Index]]) -> tuple[int, int, int] | None:
+    for a in sorted((a for a in found if isinstance(a, (Quotient, Remainder))), key=str):
+        width = a.bottom.constant
+        for variable in a.top.variables:
+            if not variable.name.startswith("i") or width is None or a.top.coefficient(variable) != index(1):
+                continue
+            axis, part = (int(n) for n in variable.name[1:].split("_"))
+            extent = axes[axis][part].constant
+            if extent is not None and extent % width == 0 and extent > width:
+                return axis, part, width
+    return None
+
+
+def private_buffers(nest: LoopNest, buffers: dict[str, Buffer], readers: dict[str, int]) -> set[str]:
+    """Buffers that only this nest touches and whose row part is small enough for the stack, or a single number."""
+    private: set[str] = set()
+    for member in nest.members:
+        buffer = buffers[member.step.buffer]
+        if buffer.kind != "arena" or readers.get(buffer.name, 0) != 1 or len(nest.written_by(buffer.name)) != 1:
+            continue
+        span = product(member.inner[: member.extra] if isinstance(member.step, Reduce) else member.inner).constant
+        limit = 1 if isinstance(member.step, Reduce) else MAX_LOCAL_BYTES // BYTES[buffer.dtype]
+        if span is not None and span <= limit and _read_after_write(nest, buffer.name):
+            private.add(buffer.name)
+    return private
+
+
+def _read_after_write(nest: LoopNest, buffer: str) -> bool:
+    """Whether every read of the buffer in the nest is row-aligned."""
+    for member in nest.members:
+        inner = [atom(Var(f"i{d}", n)) for d, n in enumerate(member.inner)]
+        for load in loads(member.element(row_variables(nest.rows), inner)):
+            if load.buffer == buffer and row_offset(nest, load) is None:
+                return False
+    return True
+
+
+def emit(nest: LoopNest, buffers: dict[str, Buffer], readers: dict[str, int]) -> LoopFunction:
+    """The C function of a nest. `readers`: how many kernels touch each buffer."""
+    return Emitter(nest, buffers, private_buffers(nest, buffers, readers)).emit()

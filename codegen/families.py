@@ -1,0 +1,198 @@
+"""Ops that a kernel family computes: linear, matmul, attention, convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sylvester.codegen import attention as attention_family
+from sylvester.codegen import linear as linear_family
+from sylvester.codegen import matmul as matmul_family
+from sylvester.codegen.aten_pointwise import call, pointwise
+from sylvester.codegen.index import Index, index, product
+from sylvester.codegen.lazy import Buffer, Extern, Lazy, Pointer, Shape, Strided, as_strided, of_buffer
+from sylvester.codegen.lowering import Fact, Lowering, lowers
+from sylvester.codegen.prelude import render
+
+aten, dialect = torch.ops.aten, torch.ops.sylvester
+LINEAR, MATMUL = "sv_linear", "sv_matmul"
+
+
+@lowers(aten.linear.default)
+def linear(lowering: Lowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy | None = None) -> Lazy:
+    """y = x w^T + b over weights packed once; a weight that is computed at run time goes through the batched matmul."""
+    stored = lowering.whole(weight) or _packed(lowering, weight)
+    n, k = weight.shape
+    if stored is None or stored.kind != "weight":
+        turned = Lazy((k, n), weight.dtype, lambda i: weight.load([i[1], i[0]]))
+        y = matmul(lowering, fact, x, turned)
+        return y if bias is None else pointwise(fact, lambda a, b: call("add", a, b), y, bias)
+    lowering.plan.pack(stored.name)
+    y = lowering.buffer("arena", fact.shape, fact.dtype)
+    rows, stride = _rows(lowering, x)
+    m = product(fact.shape[:-1])
+    shift = None if bias is None else lowering.contiguous(bias)
+    lowering.extern(
+        Extern(
+            LINEAR,
+            linear_family.linear(LINEAR),
+            (Pointer(y.name, index(0)), rows, Pointer(stored.name, index(0)), _pointer(shift), m, n, k, stride, n),
+            writes=(y.name,),
+            reads=(rows.buffer, stored.name, *([shift.name] if shift else [])),
+            work=m * n * k,
+        )
+    )
+    return of_buffer(y)
+
+
+def _packed(lowering: Lowering, weight: Lazy) -> Buffer | None:
+    """The packed weight buffer that `weight` reads whole, if it is one."""
+    indices, element = weight.probe()
+    buffer = lowering.plan.buffers.get(getattr(element, "buffer", ""))
+    matches = buffer is not None and buffer.packed and getattr(element, "offset", None) == buffer.offset(indices)
+    return buffer if matches else None
+
+
+def _pointer(buffer: Buffer | None) -> Pointer | None:
+    return None if buffer is None else Pointer(buffer.name, index(0), buffer.dtype)
+
+
+def _rows(lowering: Lowering, x: Lazy) -> tuple[Pointer, Index]:
+    """x [..., k] as rows of unit-stride features: where they start and how far apart they are."""
+    view = as_strided(x)
+    if view is not None and view.strides[-1] == index(1):
+        stride = _collapsed(view.strides[:-1], x.shape[:-1])
+        if stride is not None:
+            return Pointer(view.buffer, view.offset), stride
+    return Pointer(lowering.contiguous(x).name, index(0)), x.shape[-1]
+
+
+def _collapsed(strides: Sequence[Index], shape: Shape) -> Index | None:
+    """The stride of the axes flattened into one, or None when they do not flatten; unit axes do not matter."""
+    axes = [(s, n) for s, n in zip(strides, shape, strict=True) if n.constant != 1]
+    for (outer, _), (inner, n) in zip(axes, axes[1:], strict=False):
+        if outer != inner * n:
+            return None
+    return axes[-1][0] if axes else index(0)
+
+
+@lowers(aten.matmul.default, aten.bmm.default, aten.mm.default)
+def matmul(lowering: Lowering, fact: Fact, a: Lazy, b: Lazy) -> Lazy:
+    """Batched product of two activations; operands are read through their strides."""
+    left, right = _as_matrix(a, row=True), _as_matrix(b, row=False)
+    m, k, n = left.shape[-2], left.shape[-1], right.shape[-1]
+    batch = fact.shape[: len(fact.shape) - (len(a.shape) > 1) - (len(b.shape) > 1)]
+    (a_view, a_batch), (b_view, b_batch) = (_batched(lowering, x, batch) for x in (left, right))
+    y = lowering.buffer("arena", fact.shape, fact.dtype)
+    lowering.extern(
+        Extern(
+            MATMUL,
+            matmul_family.matmul(MATMUL),
+            (
+                Pointer(y.name, index(0)), Pointer(a_view.buffer, a_view.offset), Pointer(b_view.buffer, b_view.offset),
+                product(batch), m, n, k, a_batch, *a_view.strides[-2:], b_batch, *b_view.strides[-2:],
+            ),
+            writes=(y.name,),
+            reads=(a_view.buffer, b_view.buffer),
+            work=product(batch) * m * n * k,
+            scratch=(f"{MATMUL}_scratch", (k,)),
+        )
+    )  # fmt: skip
+    return of_buffer(y)
+
+
+def _as_matrix(x: Lazy, *, row: bool) -> Lazy:
+    if len(x.shape) > 1:
+        return x
+    shape = (index(1), x.shape[0]) if row else (x.shape[0], index(1))
+    return Lazy(shape, x.dtype, lambda i: x.load([i[1] if row else i[0]]))
+
+
+def _batched(lowering: Lowering, x: Lazy, batch: Shape) -> tuple[Strided, Index]:
+    """A strided view of `x` broadcast to `batch`, and the stride of the batch axes flattened into one."""
+    wide = Lazy((*batch, *x.shape[-2:]), x.dtype, x.at)
+    for candidate in (wide, None):
+        source = candidate or of_buffer(lowering.contiguous(wide))
+        view = as_strided(source)
+        stride = None if view is None else _collapsed(view.strides[:-2], batch)
+        if view is not None and stride is not None:
+            return view, stride
+    raise AssertionError("a contiguous buffer is always a view with collapsible batch axes")
+
+
+@lowers(aten.baddbmm.default)
+def baddbmm(lowering: Lowering, fact: Fact, shift: Lazy, a: Lazy, b: Lazy, *, beta: float = 1, alpha: float = 1) -> Lazy:
+    y = matmul(lowering, fact, a, b)
+    weigh = {"alpha": float(alpha), "beta": float(beta)}
+    return pointwise(
+        fact, lambda s, p: call("add", _times(s, weigh["beta"]), _times(p, weigh["alpha"])), shift, y
+    )
+
+
+def _times(x: Any, factor: float) -> Any:
+    from sylvester.codegen.aten_pointwise import scaled
+
+    return scaled(x, factor)
+
+
+@lowers(dialect.attention.default)
+def attention(
+    lowering: Lowering, fact: Fact, q: Lazy, k: Lazy, v: Lazy, mask: Lazy | None, past: Lazy | None, scale: float, causal: bool, window: int
+) -> Lazy:  # fmt: skip
+    kind = "none" if mask is None else "bool" if mask.dtype == "b8" else "float"
+    head_dim, value_dim = q.shape[-1].constant, v.shape[-1].constant
+    name = f"sv_attention_{head_dim}_{value_dim}_{kind}"
+    views = [_unit_last(lowering, x) for x in (q, k, v)]
+    covering = None if mask is None else _mask_view(lowering, mask, (*q.shape[:3], k.shape[2]))
+    position = None if past is None else lowering.contiguous(past)
+    y, place = _token_major(lowering, fact)
+    outer = [s for view in ((place, *views)) for s in view.strides[:3]]
+    strides = [*outer, *(covering.strides if covering else [index(0)] * 4)]
+    source = attention_family.attention(name, head_dim, value_dim, mask=kind) + render("attention_call.c.in", NAME=name)
+    lowering.extern(
+        Extern(
+            f"{name}_call",
+            source,
+            (
+                Pointer(y.name, index(0)), *(Pointer(w.buffer, w.offset) for w in views),
+                None if covering is None else Pointer(covering.buffer, covering.offset, "void"),
+                None if position is None else Pointer(position.name, index(0), "i64"),
+                q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], *strides,
+                f"{float(scale)!r}f", index(int(causal)), index(window),
+            ),
+            writes=(y.name,),
+            reads=tuple(w.buffer for w in (*views, *([covering] if covering else []))) + ((position.name,) if position else ()),
+            work=product(q.shape[:3]) * k.shape[2] * head_dim * 2,
+            scratch=(f"{name}_scratch", ()),
+        )
+    )  # fmt: skip
+    heads, dim = fact.shape[1], fact.shape[3]
+    return Lazy(fact.shape, fact.dtype, lambda i: of_buffer(y).load([i[0], i[2], i[1] * dim + i[3]])) if heads else of_buffer(y)
+
+
+def _token_major(lowering: Lowering, fact: Fact) -> tuple[Buffer, Strided]:
+    """The result is stored [batch, token, head, feature], which is how the output projection reads it."""
+    batch, heads, tokens, dim = fact.shape
+    y = lowering.buffer("arena", (batch, tokens, heads * dim), fact.dtype)
+    return y, Strided(y.name, index(0), (tokens * heads * dim, dim, heads * dim, index(1)))
+
+
+def _unit_last(lowering: Lowering, x: Lazy) -> Strided:
+    """x as a strided view whose last axis is contiguous."""
+    view = as_strided(x)
+    if view is None or view.strides[-1] != index(1):
+        view = as_strided(of_buffer(lowering.contiguous(x)))
+    assert view is not None
+    return view
+
+
+def _mask_view(lowering: Lowering, mask: Lazy, shape: Shape) -> Strided:
+    """The mask broadcast to [batch, heads, queries, keys] through zero strides."""
+    view = as_strided(Lazy(shape, mask.dtype, mask.at))
+    if view is None:
+        stored = lowering.realize(mask)
+        view = as_strided(Lazy(shape, mask.dtype, stored.at))
+    assert view is not None
+    return view

@@ -1,0 +1,154 @@
+"""What lowering works on: buffers, lazy tensors (a function from indices to a scalar), and the steps of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from sylvester.codegen.index import Index, Size, Var, atom, flatten, index, product
+from sylvester.codegen.linear import PANEL
+from sylvester.codegen.scalar import BYTES, Expr, Load
+
+Indices = Sequence[Index]
+Shape = tuple[Index, ...]
+ReduceKind = Literal["sum", "prod", "max", "min", "argmax", "argmin", "any", "all"]
+BufferKind = Literal["input", "weight", "state", "output", "arena"]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Contiguous row-major memory. A packed weight [n, k] is stored as ceil(n / 32) panels [k][32], zero padded."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    kind: BufferKind
+    key: str = ""
+    packed: bool = False
+
+    @property
+    def nbytes(self) -> Index:
+        return product(self.shape) * BYTES[self.dtype]
+
+    def offset(self, indices: Indices) -> Index:
+        if not self.packed:
+            return flatten(indices, self.shape)
+        row, column = indices
+        return (row // PANEL * self.shape[1] + column) * PANEL + row % PANEL
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor that is computed where it is read; `load` gives the scalar at the indices."""
+
+    shape: Shape
+    dtype: str
+    load: Callable[[Indices], Expr]
+
+    def at(self, indices: Indices) -> Expr:
+        """The element that broadcasts to `indices` of a result of equal or higher rank."""
+        own = indices[len(indices) - len(self.shape) :]
+        return self.load([index(0) if n.constant == 1 else i for i, n in zip(own, self.shape, strict=True)])
+
+    def probe(self) -> tuple[list[Index], Expr]:
+        """Fresh index variables and the element there."""
+        indices = [atom(Var(f"q{d}", n)) for d, n in enumerate(self.shape)]
+        return indices, self.load(indices)
+
+
+def of_buffer(buffer: Buffer) -> Lazy:
+    return Lazy(buffer.shape, buffer.dtype, lambda i: Load(buffer.name, buffer.offset(i), buffer.dtype))
+
+
+@dataclass(frozen=True)
+class Strided:
+    """A lazy tensor that is a view of one buffer: element i is at offset + sum(strides * i)."""
+
+    buffer: str
+    offset: Index
+    strides: tuple[Index, ...]
+
+
+def as_strided(tensor: Lazy) -> Strided | None:
+    """The view that `tensor` is, or None when it computes something or its layout is not affine."""
+    indices, element = tensor.probe()
+    if not isinstance(element, Load):
+        return None
+    strides, offset = [], element.offset
+    for (((variable,), _),) in (i.terms for i in indices):
+        strides.append(offset.coefficient(variable))
+        offset = offset.substitute({variable: index(0)})
+    affine = sum((s * i for s, i in zip(strides, indices, strict=True)), offset)
+    if affine != element.offset or any(s.variables for s in strides) or offset.variables:
+        return None
+    return Strided(element.buffer, offset, tuple(strides))
+
+
+@dataclass(frozen=True)
+class Store:
+    """buffer[place(i)] = make(i) for every i in `shape`."""
+
+    buffer: str
+    shape: Shape
+    dtype: str
+    make: Callable[[Indices], Expr]
+    place: Callable[[Indices], Index]
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """buffer[o] = reduction over i in `inner` of make(o, i), for every o in `outer`."""
+
+    buffer: str
+    outer: Shape
+    inner: Shape
+    dtype: str
+    kind: ReduceKind
+    make: Callable[[Indices, Indices], Expr]
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """An operand of an extern kernel: element `offset` of a buffer."""
+
+    buffer: str
+    offset: Index
+    dtype: str = "f32"
+
+
+@dataclass(frozen=True)
+class Extern:
+    """A call of a kernel family instance. Arguments are pointers, sizes, floats as text, or None for a null pointer.
+
+    `source` is the C text that the call needs, `scratch` a C function and its arguments giving bytes per thread.
+    """
+
+    function: str
+    source: str
+    arguments: tuple[Pointer | Index | str | None, ...]
+    writes: tuple[str, ...]
+    reads: tuple[str, ...]
+    work: Index
+    scratch: tuple[str, tuple[Index, ...]] | None = None
+
+
+Step = Store | Reduce | Extern
+
+
+@dataclass
+class Plan:
+    """The lowered entry: what to run, over which buffers, in order."""
+
+    name: str
+    sizes: tuple[Size, ...]
+    buffers: dict[str, Buffer] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+
+    def of_kind(self, kind: BufferKind) -> list[Buffer]:
+        return [b for b in self.buffers.values() if b.kind == kind]
+
+    def pack(self, name: str) -> None:
+        self.buffers[name] = replace(self.buffers[name], packed=True)
+
+

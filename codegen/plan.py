@@ -1,0 +1,164 @@
+"""Kernels + memory plan -> the C function of an entry, and the translation unit of a program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sylvester.codegen.attention import attention_header
+from sylvester.codegen.emit_loops import LoopFunction, emit, private_buffers
+from sylvester.codegen.index import Index, Size, c_text
+from sylvester.codegen.isa import Isa
+from sylvester.codegen.lazy import Buffer, Plan, Pointer
+from sylvester.codegen.memory import Slot, assign, lifetimes
+from sylvester.codegen.prelude import prelude, render
+from sylvester.codegen.scalar import C_TYPES
+from sylvester.codegen.schedule import ExternCall, Kernel, LoopNest, schedule
+
+POINTERS = {**C_TYPES, "void": "void"}
+
+
+@dataclass
+class Unit:
+    """The C text of a program: functions shared by all entries, then one plan per entry."""
+
+    functions: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, None] = field(default_factory=dict)
+    plans: list[str] = field(default_factory=list)
+
+    def add(self, plan: Plan, outputs: Sequence[Buffer], hints: Mapping[Size, int]) -> None:
+        """Schedule an entry and append its plan."""
+        self.plans.append(_Entry(self, plan, outputs, hints).text())
+
+    def function(self, text: str) -> str:
+        """The name of the function with this text; equal text is emitted once."""
+        return self.functions.setdefault(text, f"k{len(self.functions)}")
+
+    def text(self, isa: Isa) -> str:
+        """The whole translation unit for one instruction set."""
+        uses_attention = any("sv_attention_args" in source for source in self.sources)
+        header = [attention_header()] if uses_attention else []
+        loops = [text.replace("NAME", name, 1) for text, name in self.functions.items()]
+        return "\n\n".join([prelude(isa), *header, render("plan.h.in"), *self.sources, *loops, *self.plans]) + "\n"
+
+
+class _Entry:
+    """Emits one plan function."""
+
+    def __init__(self, unit: Unit, plan: Plan, outputs: Sequence[Buffer], hints: Mapping[Size, int]) -> None:
+        self.unit, self.plan, self.outputs = unit, plan, outputs
+        self.kernels = schedule(plan)
+        touched = _touch_counts(self.kernels)
+        self.loops = {n: emit(k, plan.buffers, touched) for n, k in enumerate(self.kernels) if isinstance(k, LoopNest)}
+        private = [private_buffers(k, plan.buffers, touched) for k in self.kernels if isinstance(k, LoopNest)]
+        self.private: set[str] = set().union(*private)
+        self.slots = assign(lifetimes(self.kernels, plan.buffers, self.private), plan.buffers, hints)
+        self.slot_of = {name: n for n, slot in enumerate(self.slots) for name in slot.buffers}
+
+    def text(self) -> str:
+        pointers = [*(b for kind in ("input", "weight", "state") for b in self.plan.of_kind(kind)), *self.outputs]
+        lines = [f"static void sv_plan_{self.plan.name}(const sv_thread *t, void *argument) {{"]
+        lines += ["  const sv_call *call = argument;", "  const sv_thread solo = {0, 1, t->team, t->scratch};"]
+        lines += ["  int64_t synced = 0, last_wide = -1;", "  (void)synced, (void)last_wide, (void)solo;", *self._sizes("call->sizes")]
+        lines += [f"  {_pointer_type(b)} *{b.name} = call->buffers[{n}];" for n, b in enumerate(pointers)]
+        if self.slots:
+            lines += [f"  char *arena = call->buffers[{len(pointers)}];", *self._slot_offsets()]
+        for name, n in self.slot_of.items():
+            kind = C_TYPES[self.plan.buffers[name].dtype]
+            lines.append(f"  {kind} *{name} = ({kind} *)(arena + o{n});")
+        lines += [self._step(n, kernel) for n, kernel in enumerate(self.kernels)]
+        return "\n".join([*lines, "}", "", self._arena(), "", self._shapes(), "", self._run()])
+
+    def _sizes(self, source: str) -> list[str]:
+        lines = [f"  const int64_t {s.name} = {source}[{n}];" for n, s in enumerate(self.plan.sizes)]
+        return [*lines, *(f"  (void){s.name};" for s in self.plan.sizes)]
+
+    def _slot_offsets(self) -> list[str]:
+        lines = ["  const int64_t o0 = 0;"]
+        for n, slot in enumerate(self.slots[:-1]):
+            lines.append(f"  const int64_t o{n + 1} = o{n} + sv_align({_largest(slot)});")
+        return lines
+
+    def _arena(self) -> str:
+        lines = [f"SV_EXPORT int64_t sv_arena_{self.plan.name}(const int64_t *sizes) {{", *self._sizes("sizes")]
+        if not self.slots:
+            return "\n".join([*lines, "  return 0;", "}"])
+        last = len(self.slots) - 1
+        return "\n".join([*lines, *self._slot_offsets(), f"  return o{last} + sv_align({_largest(self.slots[last])});", "}"])
+
+    def _shapes(self) -> str:
+        buffers = [*self.plan.of_kind("input"), *self.outputs, *self.plan.of_kind("state")]
+        dims = [n for b in buffers for n in b.shape]
+        lines = [f"SV_EXPORT void sv_shapes_{self.plan.name}(const int64_t *sizes, int64_t *dims) {{", *self._sizes("sizes")]
+        lines += [f"  dims[{n}] = {_c(d)};" for n, d in enumerate(dims)]
+        return "\n".join([*lines, "}"])
+
+    def _run(self) -> str:
+        scratch = {k.step.scratch for k in self.kernels if isinstance(k, ExternCall) and k.step.scratch}
+        head = f"SV_EXPORT int64_t sv_run_{self.plan.name}(void *team, const int64_t *sizes, void *const *buffers) {{"
+        lines = [head, *self._sizes("sizes"), "  int64_t scratch = 0;"]
+        for function, arguments in sorted(scratch, key=str):
+            bytes_ = f"{function}({', '.join(_c(a) for a in arguments)})" if arguments else function
+            lines.append(f"  scratch = sv_larger(scratch, (int64_t){bytes_});")
+        lines.append("  sv_call call = {sizes, buffers};")
+        lines.append(f"  return sv_team_run(team, sv_plan_{self.plan.name}, &call, (size_t)scratch);")
+        return "\n".join([*lines, "}"])
+
+    def _step(self, number: int, kernel: Kernel) -> str:
+        if isinstance(kernel, ExternCall):
+            self.unit.sources[kernel.step.source] = None
+            arguments = ", ".join(["u", *(_argument(a) for a in kernel.step.arguments)])
+            call, work = f"{kernel.step.function}({arguments})", kernel.step.work
+        else:
+            loop: LoopFunction = self.loops[number]
+            arguments = ", ".join(["u", *loop.buffers, *(s.name for s in loop.sizes)])
+            call, work = f"{self.unit.function(loop.text)}({arguments})", loop.work
+        return f"  SV_STEP({number}, {self._conflict(number)}, {_c(work)}, {call});"
+
+    def _conflict(self, number: int) -> int:
+        """The latest earlier kernel that this one must not overlap with, or -1."""
+        reads, writes = self._places(number)
+        for earlier in reversed(range(number)):
+            read, written = self._places(earlier)
+            if writes & (read | written) or reads & written:
+                return earlier
+        return -1
+
+    def _places(self, number: int) -> tuple[set[str], set[str]]:
+        kernel = self.kernels[number]
+        return ({self._place(b) for b in kernel.reads}, {self._place(b) for b in kernel.writes})
+
+    def _place(self, buffer: str) -> str:
+        return f"slot{self.slot_of[buffer]}" if buffer in self.slot_of else buffer
+
+
+def _touch_counts(kernels: Sequence[Kernel]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for kernel in kernels:
+        for name in kernel.reads | kernel.writes:
+            counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def _pointer_type(buffer: Buffer) -> str:
+    const = "const " if buffer.kind in ("input", "weight") else ""
+    return const + C_TYPES[buffer.dtype]
+
+
+def _c(value: Index) -> str:
+    return c_text(value, lambda a: a.name if isinstance(a, Size) else "?")
+
+
+def _largest(slot: Slot) -> str:
+    text = _c(slot.sizes[0])
+    for other in slot.sizes[1:]:
+        text = f"sv_larger({text}, {_c(other)})"
+    return text
+
+
+def _argument(argument: Pointer | Index | str | None) -> str:
+    if argument is None:
+        return "NULL"
+    if isinstance(argument, Pointer):
+        return f"{argument.buffer} + {_c(argument.offset)}" if argument.offset.terms else argument.buffer
+    return argument if isinstance(argument, str) else _c(argument)

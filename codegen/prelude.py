@@ -1,0 +1,32 @@
+"""The C text every artefact starts with: ISA macros, runtime, vectors, math and micro-kernels."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+from string import Template
+
+from sylvester.codegen.isa import Isa
+
+
+@cache
+def template(name: str) -> Template:
+    """One file of codegen/templates as a `string.Template`."""
+    return Template(resources.files("sylvester.codegen").joinpath("templates", name).read_text(encoding="utf-8"))
+
+
+def render(name: str, **values: object) -> str:
+    """Fill a template; a missing value is a KeyError."""
+    return template(name).substitute({key: str(value) for key, value in values.items()})
+
+
+def prelude(isa: Isa) -> str:
+    """Everything a translation unit for `isa` needs before its kernels."""
+    rows = range(1, isa.gemm_rows + 1)
+    gemm = render(
+        "gemm.h.in",
+        TILES="\n".join(f"SV_TILE({r})" for r in rows),
+        TILE_NAMES=", ".join(f"sv_tile_{r}" for r in rows),
+    )
+    parts = [isa.defines(), *(render(f"{part}.h.in") for part in ("runtime", "vector", "math")), gemm, render("pack.h.in")]
+    return "\n".join(parts)

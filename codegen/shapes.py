@@ -1,0 +1,54 @@
+"""Sizes of traced tensors (integers or torch symbols) as index polynomials."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
+
+from sylvester.codegen.index import Index, Size, atom, index, product, sum_of
+from sylvester.compiler.errors import Unsupported
+
+DTYPES = {
+    torch.float32: "f32", torch.float64: "f64", torch.int64: "i64", torch.int32: "i32",
+    torch.int8: "i8", torch.uint8: "u8", torch.bool: "b8",
+}  # fmt: skip
+
+
+def dtype_of(dtype: torch.dtype) -> str:
+    if dtype not in DTYPES:
+        raise Unsupported(f"dtype {dtype} has no lowering", hint=f"supported are {[str(d) for d in DTYPES]}")
+    return DTYPES[dtype]
+
+
+def size(n: Any) -> Index:
+    """One size as a polynomial: a number, a SymInt, or an index already."""
+    if isinstance(n, Index):
+        return n
+    return from_sympy(n.node.expr) if isinstance(n, torch.SymInt) else index(int(n))
+
+
+def shape_of(tensor: Tensor) -> tuple[Index, ...]:
+    return tuple(size(n) for n in tensor.shape)
+
+
+def from_sympy(expression: Any) -> Index:
+    if isinstance(expression, sympy.Integer):
+        return index(int(expression))
+    if isinstance(expression, sympy.Symbol):
+        return atom(Size(str(expression)))
+    parts = [from_sympy(a) for a in expression.args]
+    if isinstance(expression, sympy.Add):
+        return sum_of(parts)
+    if isinstance(expression, sympy.Mul):
+        return product(parts)
+    if isinstance(expression, sympy.Pow) and isinstance(expression.args[1], sympy.Integer) and int(expression.args[1]) > 0:
+        return product([parts[0]] * int(expression.args[1]))
+    if isinstance(expression, FloorDiv):
+        return parts[0] // parts[1]
+    if isinstance(expression, (Mod, PythonMod)):
+        return parts[0] % parts[1]
+    raise Unsupported(f"size expression {expression} has no lowering", hint="make that dimension static with `dynamic=`")

@@ -1,0 +1,93 @@
+"""The numerical check of exact passes: run every entry on its examples before and after, compare output by output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sylvester.compiler.cost import hint
+from sylvester.compiler.errors import ContractBroken
+from sylvester.compiler.program import Entry, Program
+
+TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 5e-3}
+TIGHT = 1e-4
+STANDS_FOR = {"prefill": "forward"}
+
+Results = dict[str, dict[str, Tensor]]
+"""Entry name -> output name -> value."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two runs differ most. `error` is max |after - before| over max |before|."""
+
+    entry: str
+    output: str
+    error: float
+    tolerance: float
+
+
+def evaluate(program: Program) -> Results:
+    """Outputs of every entry that has an example for each of its inputs; states are random but always the same."""
+    return {
+        name: program.run(name, entry.examples, random_state(program, entry))
+        for name, entry in program.entries.items()
+        if entry.examples
+    }
+
+
+def random_state(program: Program, entry: Entry) -> dict[str, Tensor]:
+    """Seeded normal values for the state slots, or nothing for an entry without state."""
+    if not entry.placeholders("state"):
+        return {}
+    random = torch.Generator().manual_seed(0)
+    shapes = {name: tuple(hint(n) for n in slot.shape) for name, slot in program.state.items()}
+    return {name: torch.randn(shape, generator=random).to(program.state[name].dtype) for name, shape in shapes.items()}
+
+
+def largest_difference(before: Results, after: Results) -> Difference | None:
+    """The worst output relative to its tolerance. Entries are compared by name, a new `prefill` with `forward`."""
+    found = []
+    for name, outputs in after.items():
+        source = name if name in before else STANDS_FOR.get(name, name)
+        found += _differences(name, before.get(source, {}), outputs)
+    return max(found, key=lambda d: d.error / d.tolerance, default=None)
+
+
+def require_same(before: Results, after: Results) -> float | None:
+    """The largest relative error, None when nothing can be compared; raises `ContractBroken` above the tolerance."""
+    worst = largest_difference(before, after)
+    if worst is None:
+        return None
+    if not worst.error <= worst.tolerance:
+        found, expected = f"relative error {worst.error:.2e}", f"at most {worst.tolerance:.0e}"
+        raise ContractBroken(f"output {worst.output!r} of entry {worst.entry!r} changed: {found}, expected {expected}")
+    return worst.error
+
+
+def _differences(entry: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[Difference]:
+    names = [name for name in after if name in before]
+    return [
+        Difference(entry, name, relative_error(before[name], after[name]), TOLERANCE.get(before[name].dtype, TIGHT))
+        for name in names
+    ]
+
+
+def relative_error(before: Tensor, after: Tensor) -> float:
+    """Max |after - before| over max finite |before|; infinite when shapes, types or non-finite places differ."""
+    if before.shape != after.shape or before.dtype != after.dtype:
+        return math.inf
+    if not before.is_floating_point():
+        return 0.0 if torch.equal(before, after) else math.inf
+    finite = before.isfinite()
+    same_elsewhere = torch.allclose(before[~finite], after[~finite], equal_nan=True)
+    if not same_elsewhere or not after[finite].isfinite().all():
+        return math.inf
+    if not finite.any():
+        return 0.0
+    scale = float(before[finite].abs().max()) or 1.0
+    return float((after[finite].float() - before[finite].float()).abs().max()) / scale

@@ -1,0 +1,173 @@
+"""A compiled model: call it like the model, generate with it, save it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import weakref
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from sylvester.compiler import artefact, generation, text
+from sylvester.compiler.arrays import is_tensor, to_numpy, to_tensor
+from sylvester.compiler.binding import asked
+from sylvester.compiler.errors import InputError
+from sylvester.compiler.manifest import Manifest
+from sylvester.compiler.outputs import package
+from sylvester.compiler.sampling import Sampling
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+class Compiled:
+    """An artefact folder, loaded. Torch in, torch out; numpy in, numpy out."""
+
+    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
+        self._folder = folder
+        self._runner = artefact.open_runner(folder, threads)
+        self._discard: weakref.finalize[Any, Compiled] | None = None
+
+    @staticmethod
+    def owning(folder: Path, *, threads: int | None = None) -> Compiled:
+        """Load a temporary folder, which is deleted with the object."""
+        compiled = Compiled(folder, threads=threads)
+        compiled._discard = weakref.finalize(compiled, _delete, folder, os.getpid())
+        return compiled
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._runner.manifest
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        return tuple(self.manifest.entries)
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """Facts about the compilation, as saved in report.json."""
+        return artefact.read_report(self._folder)
+
+    @property
+    def ledger(self) -> str:
+        """What each pass did, as a table."""
+        return str(self.report.get("ledger", {}).get("text", ""))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return text.load_tokenizer(self._folder)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's forward returns. `InputError` says what was given and what was expected."""
+        entry = self.manifest.main
+        given = self._named(args, kwargs)
+        inputs = {name: to_numpy(name, value) for name, value in given.items()}
+        spec = self.manifest.entries[entry]
+        state = self._runner.new_state(entry, inputs) if spec.states else None
+        outputs: Mapping[str, Any] = self._runner.run(entry, inputs, state)
+        if any(is_tensor(value) for value in given.values()):
+            outputs = {s.name: to_tensor(outputs[s.name], s.dtype) for s in spec.outputs}
+        return package(self.manifest.output.type, outputs)
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        names = [spec.name for spec in asked(self.manifest.entries[self.manifest.main])]
+        if len(args) > len(names):
+            raise InputError(f"{len(args)} positional inputs given, expected at most {len(names)}: {names}")
+        named = dict(zip(names, args, strict=False))
+        if twice := sorted(set(named) & set(kwargs)):
+            raise InputError(f"input {twice[0]!r} is given twice, by position and by name")
+        return named | kwargs
+
+    def generate(
+        self,
+        prompt: Any,
+        max_new_tokens: int | None = None,
+        *,
+        stream: bool = False,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: tuple[int, ...] | None = None,
+    ) -> Any:
+        """Continue a prompt: token ids [batch, length] give ids with the new ones appended, text gives the new text.
+
+        With `stream`, an iterator over the new ids of a single prompt, or over pieces of text. `temperature` 0 is
+        greedy; `stop` replaces the ids that end a text; `max_new_tokens` None goes on up to the compiled maximum.
+        """
+        options = generation.Options(max_new_tokens, Sampling(temperature, top_k, top_p), seed, stop)
+        generation.require_generation(self.manifest)
+        if isinstance(prompt, str):
+            pieces = self._text_stream(prompt, options)
+            return pieces if stream else "".join(pieces)
+        ids = to_numpy("input_ids", prompt)
+        if ids.ndim != 2:
+            raise InputError(f"the prompt has shape {list(ids.shape)}, expected [batch, length]")
+        if stream:
+            return self._id_stream(ids, options)
+        return self._all_ids(prompt, ids, options)
+
+    def _id_stream(self, ids: Any, options: generation.Options) -> Iterator[int]:
+        if len(ids) != 1:
+            raise InputError(
+                f"streaming takes one prompt, found a batch of {len(ids)}", hint="generate them one by one"
+            )
+        return (int(chosen[0]) for chosen in generation.steps(self._runner, ids, options))
+
+    def _all_ids(self, prompt: Any, ids: Any, options: generation.Options) -> Any:
+        import numpy as np
+
+        new = [chosen[:, None] for chosen in generation.steps(self._runner, ids, options)]
+        result = np.concatenate([ids, *new], axis=1)
+        return to_tensor(result, "int64") if is_tensor(prompt) else result
+
+    def _text_stream(self, prompt: str, options: generation.Options) -> Iterator[str]:
+        import numpy as np
+
+        ids = np.array([self.encode(prompt)], np.int64)
+        stop = options.stop or (self.manifest.generation.eos_token_ids if self.manifest.generation else ())
+        stream = self._id_stream(ids, options)
+        return text.pieces(self.tokenizer, (token for token in stream if token not in stop))
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a text; needs the package `tokenizers` and a tokenizer in the artefact."""
+        return list(self.tokenizer.encode(prompt).ids)
+
+    def decode(self, ids: Any) -> str:
+        return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True))
+
+    def save(self, folder: str | Path) -> Path:
+        """Copy the artefact to a folder in one step; an older artefact there is replaced, anything else refused."""
+        artefact.copy_to(self._folder, Path(folder))
+        return Path(folder)
+
+    def close(self) -> None:
+        """Stop the threads and delete the temporary folder, if it has one."""
+        self._runner.close()
+        if self._discard is not None:
+            self._discard()
+
+    def __enter__(self) -> Compiled:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Compiled for {self.manifest.target}:\n{artefact.describe(self.manifest)}"
+
+
+def _delete(folder: Path, owner: int) -> None:
+    """A forked child shares the folder but does not own it."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def load(path: str | Path, *, threads: int | None = None) -> Compiled:
+    """Load an artefact folder. Every file is checked against its recorded hash before any code runs."""
+    return Compiled(Path(path), threads=threads)

@@ -1,0 +1,133 @@
+"""The compiler as one list: capture, raise, the caller's passes, build, seal, load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sylvester.compiler import registry
+from sylvester.compiler.compiled import Compiled
+from sylvester.compiler.errors import CompileError, Unsupported
+from sylvester.compiler.ledger import Ledger
+from sylvester.compiler.manifest import REPORT, TOKENIZER
+from sylvester.compiler.pipeline import Event, Pass, Pipeline
+from sylvester.compiler.program import Program
+from sylvester.compiler.progress import Progress, silent
+from sylvester.compiler.target import Target
+from sylvester.compiler.trace import capture
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.export import ExportedProgram
+
+    Model = nn.Module | Program | ExportedProgram | str | Path
+
+RAISE = (
+    "canonicalize",
+    "fold-constants",
+    "raise-norms",
+    "raise-rope",
+    "raise-attention",
+    "raise-glu",
+    # Raising leaves casts and reshapes around the new ops.
+    "canonicalize",
+    "fold-weights",
+)
+DERIVE = ("derive-decode",)
+"""For causal language models: needs attention and positions in raised form."""
+
+
+def trace(model: Model, example_inputs: Any = None, *, dynamic: Any = None) -> Program:
+    """Capture a model as a Program in dialect ops: entries `prefill` and `decode` for a causal LM, else `forward`.
+
+    `model` is a module, an ExportedProgram, a `.pt2` file or a Hugging Face folder; `example_inputs` a tuple or dict.
+    `dynamic` None makes every batch and sequence dimension symbolic that allows it, else torch.export's dynamic_shapes.
+    """
+    return _trace(model, example_inputs, dynamic, silent)[0]
+
+
+def compile(
+    model: Model,
+    example_inputs: Any = None,
+    *,
+    target: Target | str = "cpu",
+    passes: str | Pass | Sequence[str | Pass] = (),
+    calibration: Iterable[Any] | None = None,
+    draft: Sequence[Pass] | None = None,
+    budget: object | None = None,
+    dynamic: Any = None,
+    tune: float | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Compiled:
+    """Compile a model for a target. The result is called like the model; `save` keeps it."""
+    _refuse_untaken(calibration=calibration, draft=draft, budget=budget, tune=tune)
+    report = progress or silent
+    chosen = Target.parse(target, threads=threads)
+    backend = registry.lookup("targets", chosen.name)()
+    steps = resolve_passes(passes)
+    program, raised = _trace(model, example_inputs, dynamic, report)
+    program, rewritten = _rewrite(program, steps, report)
+    folder = Path(tempfile.mkdtemp(prefix="sylvester-"))
+    try:
+        manifest = backend.build(program, chosen, folder, report)
+        _add_tokenizer(program, folder)
+        _write_report(folder, Ledger(raised.rows + rewritten.rows))
+        replace(manifest, passes=tuple(str(step) for step in steps)).seal(folder)
+        return Compiled.owning(folder, threads=threads)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _trace(model: Model, example_inputs: Any, dynamic: Any, progress: Progress) -> tuple[Program, Ledger]:
+    if isinstance(model, Program):
+        return model, Ledger()
+    progress("trace", 0, 1)
+    program = capture(model, example_inputs, dynamic=dynamic)
+    progress("trace", 1, 1)
+    program, ledger = _rewrite(program, resolve_passes(RAISE), progress)
+    if program.info.get("causal_lm"):
+        program, derived = _rewrite(program, resolve_passes(DERIVE), progress)
+        ledger.rows += derived.rows
+    return program, ledger
+
+
+def _rewrite(program: Program, steps: tuple[Pass, ...], progress: Progress) -> tuple[Program, Ledger]:
+    def observe(event: Event) -> None:
+        progress(f"pass {event.step}", event.index + 1, len(steps))
+
+    return Pipeline(steps, (observe,)).run(program)
+
+
+def resolve_passes(passes: str | Pass | Sequence[str | Pass]) -> tuple[Pass, ...]:
+    """Pass instances for names and instances; an unknown name is an error that names the nearest ones."""
+    given = [passes] if isinstance(passes, (str, Pass)) else list(passes)
+    return tuple(registry.lookup("passes", p)() if isinstance(p, str) else p for p in given)
+
+
+def _refuse_untaken(**options: object) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise Unsupported(
+                f"`{name}` is not taken by this version, found {type(value).__name__}", hint=f"leave out `{name}`"
+            )
+
+
+def _add_tokenizer(program: Program, folder: Path) -> None:
+    source = program.info.get("tokenizer")
+    if not source:
+        return
+    if not Path(source).is_file():
+        raise CompileError(f"no tokenizer at {str(source)!r}", hint="put tokenizer.json beside config.json")
+    shutil.copyfile(source, folder / TOKENIZER)
+
+
+def _write_report(folder: Path, ledger: Ledger) -> None:
+    report = {"ledger": {"rows": ledger.to_dict(), "text": str(ledger)}}
+    (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,111 @@
+"""The ledger: per pass what was applied and refused, sizes and work before and after, time, and the measured error."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+from sylvester.compiler.changes import Changes
+from sylvester.compiler.cost import program_cost
+from sylvester.compiler.program import Program
+
+HEADINGS = ("pass", "contract", "applied", "refused", "nodes", "weights MB", "Mflop", "ms", "max error")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Size of a program: op nodes, bytes of parameters, flops of one run of every entry on its example sizes."""
+
+    nodes: int
+    parameter_bytes: int
+    flops: int
+
+    @staticmethod
+    def of(program: Program) -> Facts:
+        nodes = sum(len(entry.calls()) for entry in program.entries.values())
+        return Facts(nodes, program.weights.nbytes, program_cost(program).flops)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pass. `error` is the largest relative error of any output; None when nothing was compared."""
+
+    text: str
+    contract: str
+    changes: Changes
+    before: Facts
+    after: Facts
+    seconds: float
+    error: float | None = None
+
+    def refusals(self) -> dict[tuple[str, str], tuple[int, str]]:
+        """(rule, reason) -> how often, and the first place."""
+        counts = Counter((r.rule, r.reason) for r in self.changes.refused)
+        first = {(r.rule, r.reason): r.where for r in reversed(self.changes.refused)}
+        return {key: (count, first[key]) for key, count in counts.items()}
+
+    def cells(self) -> tuple[str, ...]:
+        before, after = self.before, self.after
+        return (
+            self.text,
+            self.contract,
+            str(len(self.changes.applied)),
+            str(len(self.changes.refused)),
+            _arrow(str(before.nodes), str(after.nodes)),
+            _arrow(f"{before.parameter_bytes / 1e6:.2f}", f"{after.parameter_bytes / 1e6:.2f}"),
+            _arrow(f"{before.flops / 1e6:.1f}", f"{after.flops / 1e6:.1f}"),
+            f"{self.seconds * 1e3:.0f}",
+            "-" if self.error is None else f"{self.error:.1e}",
+        )
+
+
+@dataclass
+class Ledger:
+    """Rows in the order the passes ran."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """An aligned table, then what each pass applied by rule and each distinct refusal with its reason."""
+        return "\n".join([*_table([HEADINGS, *(row.cells() for row in self.rows)]), *self._details()])
+
+    def _details(self) -> list[str]:
+        lines = []
+        for row in self.rows:
+            lines += [f"{row.text}: {rule} x{count}" for rule, count in row.changes.counts().items()]
+            for (rule, reason), (count, where) in row.refusals().items():
+                lines.append(f"{row.text}: refused {rule} x{count}: {reason} (at {where})")
+        return lines
+
+    def to_dict(self) -> list[dict[str, object]]:
+        return [
+            {
+                "pass": row.text,
+                "contract": row.contract,
+                "applied": row.changes.counts(),
+                "refused": [
+                    {"rule": rule, "reason": reason, "count": count, "at": where}
+                    for (rule, reason), (count, where) in row.refusals().items()
+                ],
+                "before": asdict(row.before),
+                "after": asdict(row.after),
+                "seconds": row.seconds,
+                "error": row.error,
+            }
+            for row in self.rows
+        ]
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
+
+
+def _arrow(before: str, after: str) -> str:
+    return after if before == after else f"{before} -> {after}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Left-aligned columns, two spaces apart."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,190 @@
+"""The dialect: one declaration per op gives its meaning, shapes, gradient, cost and test examples.
+
+An op is registered as a composite torch operator, so a Program runs in plain PyTorch at every stage and differentiates.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAMESPACE = "sylvester"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one call: floating-point operations, and bytes read plus written if every operand is touched once."""
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Ints:
+    """A tensor of integers in [0, high) in an example."""
+
+    shape: tuple[int, ...]
+    high: int
+
+
+Example = tuple[Any, ...]
+"""One argument list: a tuple of ints is the shape of a float tensor, `Ints` an integer tensor, anything else itself."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op is its reference: the same function gives meaning, shapes and the test oracle."""
+
+    name: str
+    reference: Callable[..., Tensor]
+    cost: Callable[..., Cost]
+    examples: tuple[Example, ...]
+
+    @property
+    def target(self) -> Callable[..., Tensor]:
+        return cast(Callable[..., Tensor], getattr(getattr(torch.ops, NAMESPACE), self.name).default)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.target(*args, **kwargs)
+
+
+OPS: dict[str, Op] = {}
+
+
+def op(*, cost: Callable[..., Cost], examples: tuple[Example, ...]) -> Callable[[Callable[..., Tensor]], Op]:
+    """Declare an op from its reference implementation. Annotations become the schema."""
+
+    def declare(reference: Callable[..., Tensor]) -> Op:
+        name = reference.__name__
+        if name in OPS:
+            raise ValueError(f"op {name!r} is declared twice")
+        signature = inspect.signature(reference, eval_str=True)
+        reference.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()} | {"return": Tensor}
+        LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()))
+        LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
+        OPS[name] = Op(name, reference, cost, examples)
+        return OPS[name]
+
+    return declare
+
+
+def sample(example: Example, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Any, ...]:
+    """Concrete arguments for an example, the same ones every time."""
+    random = torch.Generator().manual_seed(seed)
+
+    def concrete(x: Any) -> Any:
+        if isinstance(x, Ints):
+            return torch.randint(x.high, x.shape, generator=random)
+        if isinstance(x, tuple) and all(isinstance(n, int) for n in x):
+            return torch.randn(x, generator=random, dtype=dtype)
+        return x
+
+    return tuple(concrete(x) for x in example)
+
+
+def _nbytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def elementwise_cost(x: Tensor, *others: Any, **_: Any) -> Cost:
+    return Cost(x.numel(), _nbytes(x, x, *(o for o in others if isinstance(o, Tensor))))
+
+
+@op(cost=elementwise_cost, examples=(((2, 3, 8), (8,), 1e-6), ((5, 7), None, 1e-5)))
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2, last axis) + eps) * weight, the mean in float32 or wider (Zhang and Sennrich, 2019)."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return y if weight is None else y * weight
+
+
+@op(
+    cost=elementwise_cost,
+    examples=(((2, 3, 5, 8), (1, 5, 8), (1, 5, 8), False), ((2, 3, 5, 12), (5, 8), (5, 8), True)),
+)
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotary positions on the first `cos.shape[-1]` features of x [batch, heads, tokens, features] (Su et al., 2021).
+
+    cos and sin are [tokens, rotary] or [batch, tokens, rotary]. Pairs are (i, i + rotary / 2), or (2i, 2i + 1) when
+    interleaved; features past the rotary part pass through.
+    """
+    rotary = cos.shape[-1]
+    cos, sin = (t.unsqueeze(-3) for t in (cos, sin))
+    head, tail = x[..., :rotary], x[..., rotary:]
+    if interleaved:
+        turned = torch.stack((-head[..., 1::2], head[..., ::2]), -1).flatten(-2)
+    else:
+        turned = torch.cat((-head[..., rotary // 2 :], head[..., : rotary // 2]), -1)
+    y = head * cos + turned * sin
+    return y if tail.shape[-1] == 0 else torch.cat((y, tail), -1)
+
+
+def visible(queries: int, keys: int, offset: Tensor | int, causal: bool, window: int, device: torch.device) -> Tensor:
+    """Boolean [queries, keys]: key j is seen by query i when j <= i + offset and, with a window, j > i + offset - window."""
+    i = torch.arange(queries, device=device)[:, None] + offset
+    j = torch.arange(keys, device=device)[None, :]
+    seen = j <= i if causal else torch.ones_like(i >= j)
+    return seen & (j > i - window) if window else seen
+
+
+def _attention_cost(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Cost:
+    return Cost(2 * q.numel() * k.shape[-2] * 2, _nbytes(q, k, v, q))
+
+
+@op(
+    cost=_attention_cost,
+    examples=(
+        ((2, 4, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8), None, None, 0.35, True, 0),
+        ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6), (2, 1, 5, 7), None, 0.5, False, 0),
+        ((1, 3, 9, 16), (1, 1, 9, 16), (1, 1, 9, 16), None, None, 0.25, True, 4),
+        ((2, 4, 3, 8), (2, 2, 16, 8), (2, 2, 16, 8), None, Ints((), 13), 0.35, True, 0),
+    ),
+)
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: Tensor | None, scale: float, causal: bool, window: int
+) -> Tensor:
+    """softmax(q k^T * scale + mask) v over q [batch, heads, queries, d], k and v [batch, kv heads, keys, d].
+
+    Query heads share key heads in consecutive groups. `mask` is bool (True = visible) or added to the scores. `window` > 0
+    keeps the last `window` keys up to the query. With `past` (0-d integer), k and v are caches: query i stands at position
+    past + i, and keys after it are not read. A row that sees no key is 0.
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (k, v))
+    scores = q @ k.transpose(-2, -1) * scale
+    if causal or window:
+        seen = visible(q.shape[2], k.shape[2], 0 if past is None else past, causal, window, q.device)
+        scores = scores.masked_fill(~seen, -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, -1).nan_to_num(0.0) @ v
+
+
+@op(cost=elementwise_cost, examples=(((2, 3, 8), (2, 3, 8)),))
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer, 2020)."""
+    return F.silu(gate) * up
+
+
+@op(cost=elementwise_cost, examples=(((2, 3, 8), (2, 3, 8), "none"), ((2, 3, 8), (2, 3, 8), "tanh")))
+def geglu(gate: Tensor, up: Tensor, approximate: str) -> Tensor:
+    """gelu(gate) * up (Shazeer, 2020)."""
+    return F.gelu(gate, approximate=approximate) * up
+
+
+def _update_cost(cache: Tensor, new: Tensor, past: Tensor) -> Cost:
+    return Cost(0, 2 * _nbytes(new))
+
+
+@op(cost=_update_cost, examples=(((2, 2, 16, 8), (2, 2, 3, 8), Ints((), 13)),))
+def kv_update(cache: Tensor, new: Tensor, past: Tensor) -> Tensor:
+    """The cache [batch, heads, capacity, d] with `new` [batch, heads, tokens, d] written at positions past, past + 1, ..."""
+    return cache.index_copy(2, past + torch.arange(new.shape[2], device=new.device), new)

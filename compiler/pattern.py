@@ -1,0 +1,165 @@
+"""The left side of a rule as a term: an ordinary torch function traced to the normal form of models."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from sylvester.compiler.forms import form
+from sylvester.compiler.ops import LIBRARY, NAMESPACE, Example, sample
+
+LIBRARY.define("either(Tensor[] forms) -> Tensor")
+LIBRARY.impl("either", lambda forms: forms[0], "CompositeImplicitAutograd")
+EITHER = getattr(torch.ops, NAMESPACE).either.default
+
+
+def either(*forms: Tensor) -> Tensor:
+    """In a `before`: any of these spellings. A parameter that occurs only in others is None in the match."""
+    result: Tensor = EITHER(list(forms))
+    return result
+
+
+def optional(present: Tensor, absent: Tensor) -> Tensor:
+    """In a `before`: a part that may be missing, such as a scale or a bias."""
+    return either(present, absent)
+
+
+@dataclass(frozen=True)
+class Var:
+    """Binds a node that holds a tensor."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Literal:
+    """Binds a number or string written in the graph."""
+
+    name: str
+    kind: type
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call of `target`; the same object twice must match the same node."""
+
+    target: Any
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Either:
+    forms: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """`root` matches; `size` is the number of calls of its smallest spelling."""
+
+    root: Any
+    names: tuple[str, ...]
+    size: int
+
+    def targets(self) -> set[Any]:
+        """Ops that can stand at the root."""
+        return {call.target for call in _tops(self.root)}
+
+
+def compile_pattern(before: Callable[..., Tensor], example: Example) -> Pattern:
+    """Trace `before` on its example. A tensor parameter becomes a `Var`; a number or string is found by its value."""
+    names = tuple(inspect.signature(before).parameters)
+    graph = trace(before, example)
+    bound = dict(zip(names, example, strict=True))
+    literals = {(type(value), value): name for name, value in bound.items() if _is_literal(value)}
+    tensors = [name for name, value in zip(names, sample(example), strict=True) if isinstance(value, Tensor)]
+    terms: dict[fx.Node, Any] = dict(zip(graph.find_nodes(op="placeholder"), map(Var, tensors), strict=True))
+    for node in graph.nodes:
+        if node.op == "call_function":
+            terms[node] = _term(node, terms, literals)
+    (output,) = graph.output_node().all_input_nodes
+    root = terms[output]
+    _require_used(root, before, set(tensors) | set(literals.values()))
+    return Pattern(root, names, _size(root))
+
+
+def trace(function: Callable[..., Tensor], example: Example) -> fx.Graph:
+    """The graph of a function over the tensors of its example; other arguments are constants."""
+    arguments = sample(example)
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+
+    def closed(*given: Tensor) -> Tensor:
+        supply = iter(given)
+        return function(*(next(supply) if isinstance(x, Tensor) else x for x in arguments))
+
+    with torch.no_grad():
+        return make_fx(closed, pre_dispatch=True, tracing_mode="fake")(*tensors).graph
+
+
+def _is_literal(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str))
+
+
+def _term(node: fx.Node, terms: dict[fx.Node, Any], literals: dict[tuple[type, Any], str]) -> Any:
+    if node.target is EITHER:
+        return Either(tuple(terms[form] for form in node.args[0]))  # type: ignore[index, union-attr]
+
+    def operand(x: Any) -> Any:
+        if isinstance(x, fx.Node):
+            return terms[x]
+        if isinstance(x, (list, tuple)):
+            return tuple(operand(y) for y in x)
+        key = (type(x), x) if _is_literal(x) else None
+        return Literal(literals[key], type(x)) if key in literals else x
+
+    target, args = form(node)
+    return Call(target, tuple(operand(x) for x in args))
+
+
+def _tops(term: Any) -> Iterator[Call]:
+    if isinstance(term, Either):
+        for form_ in term.forms:
+            yield from _tops(form_)
+    elif isinstance(term, Call):
+        yield term
+
+
+def _size(term: Any) -> int:
+    if isinstance(term, Either):
+        return min(_size(form_) for form_ in term.forms)
+    if isinstance(term, tuple):
+        return sum(_size(x) for x in term)
+    return 1 + _size(term.args) if isinstance(term, Call) else 0
+
+
+def _require_used(root: Any, before: Callable[..., Tensor], names: set[str]) -> None:
+    if missing := names - set(_names(root)):
+        where = getattr(before, "__qualname__", before)
+        raise ValueError(f"{where}: {sorted(missing)} cannot be found in the traced pattern; use each parameter as it is")
+
+
+def _names(term: Any) -> Iterator[str]:
+    if isinstance(term, (Var, Literal)):
+        yield term.name
+    for child in _children(term):
+        yield from _names(child)
+
+
+def _children(term: Any) -> tuple[Any, ...]:
+    if isinstance(term, Either):
+        return term.forms
+    if isinstance(term, Call):
+        return term.args
+    return term if isinstance(term, tuple) else ()
+
+
+@functools.cache
+def pattern_of(rule: type) -> Pattern:
+    """The compiled pattern of a rule class, traced on first use."""
+    return compile_pattern(rule.before, rule.example)  # type: ignore[attr-defined]

@@ -1,0 +1,133 @@
+"""What a pass is and how passes compose: requires, run, sweep, verify, check, observe. Knows no concrete pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from sylvester.compiler import knobs
+from sylvester.compiler.changes import Changes
+from sylvester.compiler.check import Results, evaluate, require_same
+from sylvester.compiler.ledger import Facts, Ledger, Row
+from sylvester.compiler.program import Program
+from sylvester.compiler.verify import verify
+
+Contract = Literal["exact", "lossy", "drafted"]
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A named program-to-program step. Its dataclass fields are its options, so `str(p)` rebuilds it.
+
+    exact: the outputs stay the same up to rounding (checked). lossy: they change, and the cost is measured.
+    drafted: only proposes tokens that the untouched program verifies.
+    """
+
+    name: ClassVar[str]
+    contract: ClassVar[Contract]
+
+    def requires(self, program: Program) -> None:  # noqa: B027
+        """Raise `CompileError` if the program is not one this pass can take."""
+
+    @abstractmethod
+    def run(self, program: Program) -> Changes:
+        """Edit the program in place and say what was done and what was refused."""
+
+    def __str__(self) -> str:
+        given = [f for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)]
+        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in given)
+        return f"{self.name}({options})" if options else self.name
+
+
+@dataclass(frozen=True)
+class Event:
+    """What an observer sees after each pass: the pass, its place (from 0), the program it left, and its ledger row."""
+
+    step: Pass
+    index: int
+    program: Program
+    row: Row
+
+
+Observer = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Runs passes in the order written, on a clone. The program is verified at every seam, exact passes numerically."""
+
+    passes: tuple[Pass, ...]
+    observers: tuple[Observer, ...] = ()
+    check: bool = True
+
+    def __call__(self, program: Program) -> Program:
+        return self.run(program)[0]
+
+    def run(self, program: Program) -> tuple[Program, Ledger]:
+        """The rewritten program, and the ledger with one row per pass."""
+        program = program.clone()
+        ledger = Ledger()
+        witness = Witness() if self.check and knobs.CHECK.get() != "0" else None
+        facts = Facts.of(program)
+        for index, step in enumerate(self.passes):
+            with _blame(f"in pass {index + 1}/{len(self.passes)}: {step}"):
+                row = _apply(step, program, facts, witness)
+            ledger.rows.append(row)
+            facts = row.after
+            for observe in self.observers:
+                observe(Event(step, index, program, row))
+        return program, ledger
+
+
+class Witness:
+    """Remembers what the program computed last, so that each exact pass costs one run of every entry."""
+
+    def __init__(self) -> None:
+        self.last: Results | None = None
+
+    def before(self, program: Program) -> None:
+        if self.last is None:
+            self.last = evaluate(program)
+
+    def after(self, program: Program) -> float | None:
+        """The error against the results before; they become the reference of the next pass."""
+        before, self.last = self.last, evaluate(program)
+        return require_same(before or {}, self.last)
+
+    def forget(self) -> None:
+        self.last = None
+
+
+def _apply(step: Pass, program: Program, before: Facts, witness: Witness | None) -> Row:
+    step.requires(program)
+    checked = witness if step.contract == "exact" else None
+    if checked:
+        checked.before(program)
+    start = time.perf_counter()
+    changes = step.run(program)
+    program.sweep()
+    seconds = time.perf_counter() - start
+    verify(program)
+    error = checked.after(program) if checked else None
+    if witness and not checked:
+        witness.forget()
+    return Row(str(step), step.contract, changes, before, Facts.of(program), seconds, error)
+
+
+@contextmanager
+def _blame(note: str) -> Iterator[None]:
+    """Any exception that leaves the block says which pass it came from."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(note)
+        raise
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default

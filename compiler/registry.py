@@ -1,0 +1,46 @@
+"""Passes, backends and loaders by name: built-in tables of "module:Class", and entry points of other packages."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from sylvester.compiler.errors import CompileError
+
+NOUNS = {"passes": "pass", "targets": "target", "loaders": "target"}
+
+
+def table(kind: str) -> dict[str, str]:
+    """Names of a kind ("passes", "targets" or "loaders") with the place of each."""
+    module, attribute = {
+        "passes": ("sylvester.passes", "PASSES"),
+        "targets": ("sylvester.backends", "BACKENDS"),
+        "loaders": ("sylvester.backends", "LOADERS"),
+    }[kind]
+    own: Mapping[str, str] = getattr(importlib.import_module(module), attribute)
+    return {point.name: point.value for point in entry_points(group=f"sylvester.{kind}")} | dict(own)
+
+
+def lookup(kind: str, name: str) -> Any:
+    """The object registered under `name`; an unknown name is an error with the nearest ones."""
+    known = table(kind)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 3, 0.5)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {sorted(known)}"
+        raise CompileError(f"no {NOUNS[kind]} named {name!r}", hint=hint)
+    return resolve(known[name])
+
+
+def resolve(place: str) -> Any:
+    """The object at "module:attribute"."""
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def loader(target: str) -> Callable[..., Any]:
+    """What loads an artefact for `target`."""
+    function: Callable[..., Any] = lookup("loaders", target)
+    return function

@@ -1,0 +1,52 @@
+"""What runs the entries of an artefact: numpy in, numpy out, and the state that lives across calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from sylvester.compiler.errors import CompileError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from sylvester.compiler.manifest import Manifest
+
+    Arrays = Mapping[str, NDArray[np.generic]]
+
+
+@dataclass
+class State:
+    """The arrays of every slot for one batch of sequences, and how many positions of them are filled."""
+
+    arrays: dict[str, NDArray[np.generic]]
+    position: int = 0
+    shapes: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        self.shapes = tuple(array.shape for array in self.arrays.values())
+
+
+class Runner(Protocol):
+    """A loaded artefact. A scalar integer input of an entry with state is `State.position`; callers do not give it."""
+
+    manifest: Manifest
+
+    def new_state(self, entry: str, inputs: Arrays) -> State:
+        """Empty state that fits a call of `entry` with these inputs."""
+        ...
+
+    def run(self, entry: str, inputs: Arrays, state: State | None = None) -> dict[str, NDArray[np.generic]]:
+        """Outputs by name, in fresh arrays; the arrays of `state` change in place, its position does not."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def entry_of(manifest: Manifest, name: str) -> str:
+    """`name` if there is such an entry."""
+    if name not in manifest.entries:
+        raise CompileError(f"no entry named {name!r}", hint=f"the artefact has {list(manifest.entries)}")
+    return name

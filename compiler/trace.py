@@ -1,0 +1,162 @@
+"""Capture a PyTorch model as a Program with one entry, `forward`, on the raw graph of torch.export."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from sylvester.compiler import ops  # noqa: F401  (a .pt2 file may hold dialect ops)
+from sylvester.compiler.check import relative_error
+from sylvester.compiler.diagnose import explain, first_line, quiet
+from sylvester.compiler.errors import CompileError, TraceError
+from sylvester.compiler.exported import to_program
+from sylvester.compiler.huggingface import facts_of, load_folder
+from sylvester.compiler.inputs import Examples, Inputs, automatic, bind, check, fixed_dimensions, same_batch, widenings
+from sylvester.compiler.program import Program, binding, value
+
+SAME = 1e-4
+
+
+def capture(
+    model: nn.Module | ExportedProgram | str | Path, example_inputs: Examples | None = None, *, dynamic: Any = None
+) -> Program:
+    """Trace a module, an ExportedProgram, a `.pt2` file or a Hugging Face folder.
+
+    `example_inputs` is a tuple (positional) or a dict (keyword) of tensors. `dynamic` None makes every batch and
+    sequence dimension symbolic that allows it, else it is torch.export's `dynamic_shapes`. Weights are shared with the
+    model, not copied. Raises `TraceError`.
+    """
+    if isinstance(model, str | Path):
+        return _from_path(Path(model), example_inputs, dynamic)
+    if isinstance(model, ExportedProgram):
+        return _from_exported(model, example_inputs)
+    if isinstance(model, nn.Module):
+        return _from_module(model, example_inputs, dynamic)
+    raise TraceError(f"cannot trace a {type(model).__name__}", hint="give an nn.Module, an ExportedProgram or a path")
+
+
+def _from_path(path: Path, example_inputs: Examples | None, dynamic: Any) -> Program:
+    if path.is_dir():
+        model, examples, info = load_folder(path)
+        program = _from_module(model, example_inputs or examples, dynamic)
+        program.info |= info
+        return program
+    if not path.exists():
+        raise TraceError(f"there is no file or folder {str(path)!r}")
+    if path.suffix != ".pt2":
+        hint = "expected a Hugging Face folder or a .pt2 file of torch.export.save"
+        raise TraceError(f"cannot read {path.name!r}", hint=hint)
+    try:
+        with quiet():
+            exported = torch.export.load(path)
+    except Exception as error:
+        raise TraceError(f"{path.name!r} is not a readable .pt2 file: {first_line(error)}") from error
+    return _from_exported(exported, example_inputs)
+
+
+def _from_exported(exported: ExportedProgram, example_inputs: Examples | None) -> Program:
+    names = [name for name in exported.graph_signature.user_inputs if isinstance(name, str)]
+    if example_inputs is None:
+        example_inputs = tuple(pytree.tree_leaves(exported.example_inputs))
+    given = example_inputs if isinstance(example_inputs, Mapping) else dict(zip(names, example_inputs, strict=False))
+    if set(given) != set(names) or len(example_inputs) != len(names):
+        raise TraceError(f"example inputs are {list(given)}, the exported program takes {names}")
+    return to_program(exported, {name: check(name, given[name]) for name in names})
+
+
+def _from_module(model: nn.Module, example_inputs: Examples | None, dynamic: Any) -> Program:
+    inputs = bind(model.forward, example_inputs)
+    _check_weights(model)
+    notes: list[str] = []
+    with _as_in_deployment(model, notes), torch.no_grad():
+        program = _fixed(model, inputs, dynamic) if dynamic is not None else _widest(model, inputs)
+    program.info["notes"] = notes + program.info["notes"]
+    program.info |= facts_of(model)
+    return program
+
+
+def _fixed(model: nn.Module, inputs: Inputs, dynamic: Any) -> Program:
+    try:
+        return to_program(_export(model, inputs, dynamic), inputs.tensors)
+    except CompileError:
+        raise
+    except Exception as error:
+        raise explain(error, model, inputs) from error
+
+
+def _widest(model: nn.Module, inputs: Inputs) -> Program:
+    """The most general capture that works: sizes of 1 are traced with larger ones and then compared with the model."""
+    *wider, exact = widenings(inputs)
+    for candidate in wider:
+        with contextlib.suppress(Exception):
+            program = _traced(model, candidate)
+            program.main.examples = dict(inputs.tensors)
+            if _agrees(program, model, inputs):
+                return program
+    try:
+        return _traced(model, exact)
+    except CompileError:
+        raise
+    except Exception as error:
+        raise explain(error, model, inputs) from error
+
+
+def _traced(model: nn.Module, inputs: Inputs) -> Program:
+    hook = model.register_forward_pre_hook(same_batch(inputs), with_kwargs=True)
+    try:
+        exported = _export(model, inputs, automatic(model, inputs))
+    finally:
+        hook.remove()
+    program = to_program(exported, inputs.tensors)
+    facts = {binding(n).key: value(n) for n in program.main.placeholders("input")}
+    program.info["notes"] += fixed_dimensions(inputs, facts)
+    return program
+
+
+def _export(model: nn.Module, inputs: Inputs, dynamic: Any) -> ExportedProgram:
+    args, kwargs = inputs.call()
+    with quiet():
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+
+
+def _agrees(program: Program, model: nn.Module, inputs: Inputs) -> bool:
+    args, kwargs = inputs.call()
+    expected = [t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor)]
+    found = list(program.run("forward", inputs.tensors).values())
+    return all(relative_error(e, f) < SAME for e, f in zip(expected, found, strict=True))
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.device.type == "meta":
+            raise TraceError(f"weight {name!r} has no values (meta device)", hint="load the weights before tracing")
+        if tensor.device.type != "cpu":
+            raise TraceError(f"weight {name!r} is on {tensor.device}, expected cpu", hint="call model.cpu() first")
+
+
+@contextlib.contextmanager
+def _as_in_deployment(model: nn.Module, notes: list[str]) -> Iterator[None]:
+    """Eval mode and no key-value cache of the model's own; both are put back."""
+    training = [module for module in model.modules() if module.training]
+    held = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in held if getattr(config, "use_cache", False) is True}
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd) for module in training):
+        notes.append("the model was in training mode; it was traced in eval mode")
+    for module in training:
+        module.training = False
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for config in configs.values():
+            config.use_cache = True

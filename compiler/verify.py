@@ -1,0 +1,84 @@
+"""The invariants that every pass may assume and must keep."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from sylvester.compiler.errors import InvalidProgram
+from sylvester.compiler.program import Binding, Entry, Program, binding, value
+
+
+def verify(program: Program) -> None:
+    """Raise `InvalidProgram` at the first broken invariant."""
+    for name, entry in program.entries.items():
+        try:
+            _verify_graph(entry)
+            _verify_bindings(program, entry)
+        except InvalidProgram as error:
+            error.add_note(f"in entry {name!r}")
+            raise
+    _verify_slots(program)
+
+
+def _verify_graph(entry: Entry) -> None:
+    try:
+        entry.graph.lint()
+    except RuntimeError as error:
+        raise InvalidProgram(f"malformed graph: {error}") from error
+    if len(entry.outputs) != len(entry.results()):
+        raise InvalidProgram(f"{len(entry.results())} results but {len(entry.outputs)} output names")
+    for node in entry.graph.nodes:
+        if node.op in ("call_method", "call_module", "get_attr"):
+            raise InvalidProgram(f"found a {node.op} node, expected calls of ops only", at=node)
+        if node.op != "output" and "val" not in node.meta:
+            raise InvalidProgram("node has no tensor fact", at=node, hint="create nodes with Entry.emit")
+        _verify_mutation(node)
+
+
+def _verify_mutation(node: fx.Node) -> None:
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and schema.is_mutable:
+        raise InvalidProgram("op mutates its input, expected value semantics", at=node)
+
+
+def _verify_bindings(program: Program, entry: Entry) -> None:
+    seen: set[Binding] = set()
+    for node in entry.placeholders():
+        bound = node.meta.get("bind")
+        if not isinstance(bound, Binding):
+            raise InvalidProgram("placeholder is bound to nothing", at=node, hint="create placeholders with Entry.bind")
+        if bound in seen:
+            raise InvalidProgram(f"{bound.kind} {bound.key!r} is bound twice", at=node)
+        seen.add(bound)
+        if bound.kind == "weight":
+            _verify_weight(program.weights[bound.key], node)
+        if bound.kind == "state" and bound.key not in program.state:
+            raise InvalidProgram(f"no state slot {bound.key!r}", at=node, hint=f"slots are {list(program.state)}")
+
+
+def _verify_weight(weight: Tensor, node: fx.Node) -> None:
+    fact: Tensor = value(node)
+    if tuple(weight.shape) != tuple(fact.shape) or weight.dtype != fact.dtype:
+        found, expected = f"{weight.dtype}{list(weight.shape)}", f"{fact.dtype}{list(fact.shape)}"
+        raise InvalidProgram(f"weight {binding(node).key!r} is {found}, the graph expects {expected}", at=node)
+
+
+def _verify_slots(program: Program) -> None:
+    """Slots are 0..k-1; an entry that touches state writes each slot once and reads a slot only after writing it."""
+    indices = sorted(slot.index for slot in program.state.values())
+    if indices != list(range(len(indices))):
+        raise InvalidProgram(f"state slots are numbered {indices}, expected 0..{len(indices) - 1}")
+    for name, entry in program.entries.items():
+        written = sorted(o.name for o in entry.outputs if o.kind == "state")
+        if written and written != sorted(program.state):
+            raise InvalidProgram(f"entry {name!r} writes state {written}, expected each of {sorted(program.state)} once")
+        for node in entry.placeholders("state"):
+            _verify_read_after_write(node)
+
+
+def _verify_read_after_write(node: fx.Node) -> None:
+    update = torch.ops.sylvester.kv_update.default
+    readers = [u for u in node.users if not (u.target is update and u.args[0] is node)]
+    if readers or len(node.users) != 1:
+        raise InvalidProgram(f"state {binding(node).key!r} must be read by exactly one update, found {list(node.users)}", at=node)

@@ -1,0 +1,29 @@
+"""Passes by name. `sylvester.passes.Canonicalize` is the class; modules are imported when asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+PASSES = {
+    "canonicalize": "sylvester.passes.canonicalize:Canonicalize",
+    "derive-decode": "sylvester.passes.derive_decode:DeriveDecode",
+    "fold-constants": "sylvester.passes.fold_constants:FoldConstants",
+    "fold-weights": "sylvester.passes.fold_weights:FoldWeights",
+    "raise-attention": "sylvester.passes.raise_attention:RaiseAttention",
+    "raise-glu": "sylvester.passes.raise_glu:RaiseGlu",
+    "raise-norms": "sylvester.passes.raise_norms:RaiseNorms",
+    "raise-rope": "sylvester.passes.raise_rope:RaiseRope",
+}
+
+
+def __getattr__(name: str) -> Any:
+    for place in PASSES.values():
+        module, _, attribute = place.partition(":")
+        if attribute == name:
+            return getattr(importlib.import_module(module), attribute)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *(place.partition(":")[2] for place in PASSES.values())])

@@ -1,0 +1,57 @@
+"""What all tests share: golden files, fixed seeds, one torch thread, a hypothesis profile without deadlines."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from hypothesis import settings
+
+GOLDEN = Path(__file__).parent / "golden"
+
+settings.register_profile("shared-machine", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("shared-machine")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden from actual output")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """--update-golden runs the tests that have a golden file and no others."""
+    if config.getoption("--update-golden"):
+        other = [item for item in items if "golden" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=other)
+        items[:] = [item for item in items if item not in other]
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Compare a text with tests/golden/<file>.<test>.txt; one call per test."""
+    path = GOLDEN / f"{request.path.stem}.{request.node.name.replace('/', '-')}.txt"
+
+    def check(actual: str) -> None:
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(actual, encoding="utf-8")
+        assert path.exists(), f"tests/golden has no {path.name}: run `make golden` and review the new file"
+        assert actual == path.read_text(encoding="utf-8")
+
+    return check
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Test processes run side by side; more threads than cores would only slow them down."""
+    torch.set_num_threads(1)

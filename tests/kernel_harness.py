@@ -1,0 +1,78 @@
+"""Builds small shared libraries from kernel text and calls them with numpy arrays, for the kernel tests."""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from sylvester.backends.toolchain import build_shared
+from sylvester.codegen.isa import ISAS, SCALAR, Isa
+from sylvester.codegen.prelude import prelude
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="sylvester-kernels-")
+
+
+@cache
+def load(source: str, isa: Isa) -> ctypes.CDLL:
+    """The library of `source` for `isa`, built once per test run."""
+    out = Path(_FOLDER.name, f"{isa.name}-{abs(hash(source)):x}.so")
+    lib = ctypes.CDLL(str(build_shared(prelude(isa) + source, out, isa)))
+    lib.sv_team_new.restype = ctypes.c_void_p
+    lib.sv_team_free.argtypes = [ctypes.c_void_p]
+    lib.sv_team_error_value.restype = ctypes.c_int64
+    lib.sv_team_error_value.argtypes = [ctypes.c_void_p]
+    return lib
+
+
+def supported() -> tuple[Isa, ...]:
+    """The variants this CPU runs; the baseline always does."""
+    level = load("", SCALAR).sv_isa_level()
+    return tuple(isa for isa in ISAS if isa.level <= level)
+
+
+def export(name: str, body: str, scratch: str = "0") -> str:
+    """C text of `run_<name>(team, int64 *i, void **p)`, which runs `body` on the whole team."""
+    return f"""
+typedef struct {{ const int64_t *i; void **p; }} {name}_call;
+static void {name}_body(const sv_thread *t, void *arg)
+{{
+    {name}_call *call = arg;
+    const int64_t *i = call->i;
+    void **p = call->p;
+    (void)i, (void)p;
+    {body}
+}}
+SV_EXPORT int run_{name}(sv_team *team, const int64_t *i, void **p)
+{{
+    {name}_call call = {{i, p}};
+    return sv_team_run(team, {name}_body, &call, {scratch});
+}}
+"""
+
+
+@contextmanager
+def team(lib: ctypes.CDLL, threads: int) -> Iterator[ctypes.c_void_p]:
+    """A thread team of `lib`, freed at the end."""
+    made = ctypes.c_void_p(lib.sv_team_new(threads))
+    yield made
+    lib.sv_team_free(made)
+
+
+def run(
+    lib: ctypes.CDLL, made: ctypes.c_void_p, name: str, integers: list[int], arrays: list[np.ndarray | None]
+) -> int:
+    """Call `run_<name>`; arrays are passed by address and may be strided."""
+    numbers = (ctypes.c_int64 * max(1, len(integers)))(*integers)
+    pointers = (ctypes.c_void_p * max(1, len(arrays)))(*[None if a is None else a.ctypes.data for a in arrays])
+    return int(getattr(lib, f"run_{name}")(made, numbers, pointers))
+
+
+def strides(array: np.ndarray, count: int) -> list[int]:
+    """Strides of the leading `count` axes, in elements."""
+    return [s // array.itemsize for s in array.strides[:count]]
