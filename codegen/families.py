@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
 import torch
 
 from sylvester.codegen import attention as attention_family
 from sylvester.codegen import linear as linear_family
 from sylvester.codegen import matmul as matmul_family
-from sylvester.codegen.aten_pointwise import call, pointwise
+from sylvester.codegen.aten_pointwise import call, pointwise, scaled
 from sylvester.codegen.index import Index, index, product
 from sylvester.codegen.lazy import Buffer, Extern, Lazy, Pointer, Shape, Strided, as_strided, of_buffer
 from sylvester.codegen.lowering import Fact, Lowering, lowers
 from sylvester.codegen.prelude import render
+
+from sylvester.compiler.errors import Unsupported
 
 aten, dialect = torch.ops.aten, torch.ops.sylvester
 LINEAR, MATMUL = "sv_linear", "sv_matmul"
@@ -125,16 +125,7 @@ def _batched(lowering: Lowering, x: Lazy, batch: Shape) -> tuple[Strided, Index]
 @lowers(aten.baddbmm.default)
 def baddbmm(lowering: Lowering, fact: Fact, shift: Lazy, a: Lazy, b: Lazy, *, beta: float = 1, alpha: float = 1) -> Lazy:
     y = matmul(lowering, fact, a, b)
-    weigh = {"alpha": float(alpha), "beta": float(beta)}
-    return pointwise(
-        fact, lambda s, p: call("add", _times(s, weigh["beta"]), _times(p, weigh["alpha"])), shift, y
-    )
-
-
-def _times(x: Any, factor: float) -> Any:
-    from sylvester.codegen.aten_pointwise import scaled
-
-    return scaled(x, factor)
+    return pointwise(fact, lambda s, p: call("add", scaled(s, float(beta)), scaled(p, float(alpha))), shift, y)
 
 
 @lowers(dialect.attention.default)
@@ -168,8 +159,39 @@ def attention(
             scratch=(f"{name}_scratch", ()),
         )
     )  # fmt: skip
-    heads, dim = fact.shape[1], fact.shape[3]
-    return Lazy(fact.shape, fact.dtype, lambda i: of_buffer(y).load([i[0], i[2], i[1] * dim + i[3]])) if heads else of_buffer(y)
+    dim = fact.shape[3]
+    return Lazy(fact.shape, fact.dtype, lambda i: of_buffer(y).load([i[0], i[2], i[1] * dim + i[3]]))
+
+
+@lowers(aten.scaled_dot_product_attention.default)
+def scaled_dot_product_attention(
+    lowering: Lowering, fact: Fact, q: Lazy, k: Lazy, v: Lazy, mask: Lazy | None = None, dropout: float = 0.0, causal: bool = False,
+    *, scale: float | None = None, enable_gqa: bool = False,
+) -> Lazy:  # fmt: skip
+    """Attention that no pass has raised, over q [..., queries, d] with any number of leading axes."""
+    width = q.shape[-1].constant
+    if width is None or dropout:
+        raise Unsupported(f"attention with head size {width} and dropout {dropout} has no lowering")
+    four = [x if len(x.shape) == 4 else _as_four(x) for x in (q, k, v)]
+    wide = Fact(_four(fact.shape), fact.dtype)
+    y: Lazy = attention(lowering, wide, *four, mask, None, scale or width**-0.5, causal, 0)
+    if len(fact.shape) == 4:
+        return y
+    return Lazy(fact.shape, fact.dtype, lambda i: y.load(_pad_indices(i)))
+
+
+def _four(shape: Shape) -> Shape:
+    """[tokens, d] or [batch, tokens, d] with the missing axes as 1."""
+    return (*shape[:-2], *[index(1)] * (4 - len(shape)), *shape[-2:])
+
+
+def _pad_indices(i: Sequence[Index]) -> list[Index]:
+    return [*i[:-2], *[index(0)] * (4 - len(i)), *i[-2:]]
+
+
+def _as_four(x: Lazy) -> Lazy:
+    lead = len(x.shape) - 2
+    return Lazy(_four(x.shape), x.dtype, lambda i: x.load([*i[:lead], *i[-2:]]))
 
 
 def _token_major(lowering: Lowering, fact: Fact) -> tuple[Buffer, Strided]:

@@ -15,7 +15,8 @@ from sylvester.codegen.prelude import prelude, render
 from sylvester.codegen.scalar import C_TYPES
 from sylvester.codegen.schedule import ExternCall, Kernel, LoopNest, schedule
 
-POINTERS = {**C_TYPES, "void": "void"}
+ABI = 1
+"""Version of the calling convention of the exported functions; the loader checks it."""
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Unit:
         uses_attention = any("sv_attention_args" in source for source in self.sources)
         header = [attention_header()] if uses_attention else []
         loops = [text.replace("NAME", name, 1) for text, name in self.functions.items()]
-        return "\n\n".join([prelude(isa), *header, render("plan.h.in"), *self.sources, *loops, *self.plans]) + "\n"
+        return "\n\n".join([prelude(isa), *header, render("plan.h.in"), render("abi.h.in", ABI=ABI), *self.sources, *loops, *self.plans]) + "\n"
 
 
 class _Entry:

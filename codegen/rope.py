@@ -10,7 +10,9 @@ def rope_header() -> str:
     return render("rope.h.in")
 
 
-def rope(name: str, head_dim: int, rotary_dim: int | None = None, *, interleaved: bool = False, half: bool = False) -> str:
+def rope(
+    name: str, head_dim: int, rotary_dim: int | None = None, *, interleaved: bool = False, half: bool = False
+) -> str:
     """C text of one instance. Pairs are (p, p + rotary / 2), or (2p, 2p + 1) when interleaved; `half`: cos and sin hold
     one angle per pair instead of one per value. Values past `rotary_dim` are copied."""
     rotary = head_dim if rotary_dim is None else rotary_dim

@@ -71,7 +71,7 @@ def compile(
     chosen = Target.parse(target, threads=threads)
     backend = registry.lookup("targets", chosen.name)()
     steps = resolve_passes(passes)
-    program, raised = _trace(model, example_inputs, dynamic, report)
+    program, raised = _trace(model, example_inputs, dynamic, report, chosen.max_length)
     program, rewritten = _rewrite(program, steps, report)
     folder = Path(tempfile.mkdtemp(prefix="sylvester-"))
     try:
@@ -85,17 +85,31 @@ def compile(
         raise
 
 
-def _trace(model: Model, example_inputs: Any, dynamic: Any, progress: Progress) -> tuple[Program, Ledger]:
+def _trace(
+    model: Model, example_inputs: Any, dynamic: Any, progress: Progress, max_length: int = 0
+) -> tuple[Program, Ledger]:
     if isinstance(model, Program):
         return model, Ledger()
     progress("trace", 0, 1)
     program = capture(model, example_inputs, dynamic=dynamic)
     progress("trace", 1, 1)
+    _limit_length(program, max_length)
     program, ledger = _rewrite(program, resolve_passes(RAISE), progress)
-    if program.info.get("causal_lm"):
+    if program.info.get("kind") == "causal-lm":
         program, derived = _rewrite(program, resolve_passes(DERIVE), progress)
         ledger.rows += derived.rows
     return program, ledger
+
+
+def _limit_length(program: Program, max_length: int) -> None:
+    """The caller may shorten the longest sequence, not stretch it."""
+    longest = program.info.get("max_length")
+    if max_length and longest and max_length > longest:
+        raise CompileError(
+            f"max_length is {max_length}, the model takes at most {longest} tokens", hint="give less, or 0"
+        )
+    if max_length:
+        program.info["max_length"] = max_length
 
 
 def _rewrite(program: Program, steps: tuple[Pass, ...], progress: Progress) -> tuple[Program, Ledger]:

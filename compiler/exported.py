@@ -101,7 +101,7 @@ def _placeholders(
 
 
 def _structure(exported: ExportedProgram, leaves: int) -> tuple[str, list[str]]:
-    """How the outputs are packed ("tensor", "tuple", "dict") and the name of each leaf; nested ones are "outer.inner"."""
+    """How outputs are packed ("tensor", "tuple", "dict") and the name of each leaf; a nested one is "outer.inner"."""
     spec = exported.call_spec.out_spec
     if spec is None or spec.is_leaf():
         return "tensor", ["out0"]

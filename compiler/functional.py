@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses import FakeTensor
 from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses import FakeTensor
 from torch.fx.node import map_arg
 
 from sylvester.compiler.errors import TraceError

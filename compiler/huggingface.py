@@ -21,7 +21,7 @@ BATCH, LENGTH, TARGET_LENGTH, SAMPLES = 2, 11, 7, 8000
 
 
 def load_folder(path: str | Path) -> tuple[nn.Module, Tensors, dict[str, Any]]:
-    """The model of a folder with config.json and safetensors weights, example inputs, and `facts_of` it plus `tokenizer`.
+    """The model of a folder with config.json and safetensors weights, example inputs, `facts_of` it plus `tokenizer`.
 
     Nothing is downloaded and no code of the folder is run. Raises `CompileError`.
     """
@@ -174,7 +174,8 @@ def example_inputs(model: nn.Module) -> Tensors:
         case "audio":
             return _audio(model, config, random)
         case "seq2seq":
-            return {"input_ids": _tokens(config, LENGTH, random), "decoder_input_ids": _tokens(config, TARGET_LENGTH, random)}
+            source, target = _tokens(config, LENGTH, random), _tokens(config, TARGET_LENGTH, random)
+            return {"input_ids": source, "decoder_input_ids": target}
         case kind:
             length = min(LENGTH, _max_length(model, _text(config)) or LENGTH)
             ids = {"input_ids": _tokens(config, length, random)}

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from sylvester.compiler.changes import Refusal
 from sylvester.compiler.forms import COMMUTATIVE, Form, form
-from sylvester.compiler.pattern import Call, Either, Literal, Pattern, Var
+from sylvester.compiler.pattern import Call, Either, Literal, Pattern, Var, telling
 from sylvester.compiler.printing import op_name
 from sylvester.compiler.program import value
 
@@ -38,14 +38,15 @@ class Match:
 
 @dataclass
 class Near:
-    """The attempt that got furthest: how many calls matched, and what stopped it."""
+    """The attempt that got furthest: how many telling calls matched, and what stopped it."""
 
     matched: int = 0
     refusal: Refusal | None = None
 
     def stop(self, state: State, reason: str, at: object) -> None:
-        if len(state.calls) > self.matched or self.refusal is None:
-            self.matched = len(state.calls)
+        matched = sum(map(telling, state.calls))
+        if matched > self.matched or self.refusal is None:
+            self.matched = matched
             self.refusal = Refusal(reason, at if isinstance(at, fx.Node) else None)
 
 

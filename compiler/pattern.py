@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sylvester.compiler.forms import form
+from sylvester.compiler.forms import COMMUTATIVE, form
 from sylvester.compiler.ops import LIBRARY, NAMESPACE, Example, sample
 
 LIBRARY.define("either(Tensor[] forms) -> Tensor")
@@ -29,6 +29,9 @@ def either(*forms: Tensor) -> Tensor:
 def optional(present: Tensor, absent: Tensor) -> Tensor:
     """In a `before`: a part that may be missing, such as a scale or a bias."""
     return either(present, absent)
+
+
+COMMON = {-1, 0, 1}
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,12 @@ class Either:
 
 @dataclass(frozen=True)
 class Pattern:
-    """`root` matches; `size` is the number of calls of its smallest spelling."""
+    """`size` counts the calls of the smallest spelling that tell it from other arithmetic."""
 
     root: Any
     names: tuple[str, ...]
     size: int
+    depth: int
 
     def targets(self) -> set[Any]:
         """Ops that can stand at the root."""
@@ -77,6 +81,8 @@ def compile_pattern(before: Callable[..., Tensor], example: Example) -> Pattern:
     names = tuple(inspect.signature(before).parameters)
     graph = trace(before, example)
     bound = dict(zip(names, example, strict=True))
+    if common := [name for name, x in bound.items() if type(x) is int and x in COMMON]:
+        raise ValueError(f"the examples of {common} are found in any graph; use integers other than {sorted(COMMON)}")
     literals = {(type(value), value): name for name, value in bound.items() if _is_literal(value)}
     tensors = [name for name, value in zip(names, sample(example), strict=True) if isinstance(value, Tensor)]
     terms: dict[fx.Node, Any] = dict(zip(graph.find_nodes(op="placeholder"), map(Var, tensors), strict=True))
@@ -86,7 +92,7 @@ def compile_pattern(before: Callable[..., Tensor], example: Example) -> Pattern:
     (output,) = graph.output_node().all_input_nodes
     root = terms[output]
     _require_used(root, before, set(tensors) | set(literals.values()))
-    return Pattern(root, names, _size(root))
+    return Pattern(root, names, _size(root), _depth(root))
 
 
 def trace(function: Callable[..., Tensor], example: Example) -> fx.Graph:
@@ -135,7 +141,18 @@ def _size(term: Any) -> int:
         return min(_size(form_) for form_ in term.forms)
     if isinstance(term, tuple):
         return sum(_size(x) for x in term)
-    return 1 + _size(term.args) if isinstance(term, Call) else 0
+    return telling(term) + _size(term.args) if isinstance(term, Call) else 0
+
+
+def _depth(term: Any) -> int:
+    """Calls on the longest way from the root to a parameter."""
+    below = max((_depth(child) for child in _children(term)), default=0)
+    return below + 1 if isinstance(term, Call) else below
+
+
+def telling(call: Call) -> int:
+    """Sums and products are everywhere: they say nothing about how near a match is."""
+    return 0 if call.target in COMMUTATIVE else 1
 
 
 def _require_used(root: Any, before: Callable[..., Tensor], names: set[str]) -> None:

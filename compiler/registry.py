@@ -29,8 +29,8 @@ def lookup(kind: str, name: str) -> Any:
     known = table(kind)
     if name not in known:
         close = difflib.get_close_matches(name, known, 3, 0.5)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {sorted(known)}"
-        raise CompileError(f"no {NOUNS[kind]} named {name!r}", hint=hint)
+        guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+        raise CompileError(f"no {NOUNS[kind]} named {name!r}", hint=f"{guess}there are {sorted(known)}")
     return resolve(known[name])
 
 

@@ -75,7 +75,7 @@ class Engine:
             matcher = Matcher(pattern_of(type(rule)), rule.transparent)
             for target in matcher.pattern.targets():
                 self.by_root[target].append((rule, matcher))
-        self.depth = max((matcher.pattern.size for uses in self.by_root.values() for _, matcher in uses), default=0)
+        self.depth = max((matcher.pattern.depth for uses in self.by_root.values() for _, matcher in uses), default=0)
 
     def run(self) -> Changes:
         while self.work and len(self.changes.applied) != self.fuel:
@@ -146,7 +146,7 @@ class Engine:
             for node in template.nodes:
                 if node.op == "call_function" and (node.users or node is template_output):
                     copies[node] = self.entry.graph.node_copy(node, copies.__getitem__)
-                    copies[node].meta = _origin(rule, match.root) | {"val": value(node)}
+                    copies[node].meta = inherited(match.root, rule.name) | {"val": value(node)}
         return copies[template_output]
 
     def _blocked(self, match: Match) -> list[fx.Node]:
@@ -186,9 +186,10 @@ def _fact_key(x: Any) -> object:
     return str([str(n) for n in value(x).shape]), value(x).dtype
 
 
-def _origin(rule: Rule, root: fx.Node) -> dict[str, Any]:
-    origin = {key: root.meta[key] for key in ORIGIN if key in root.meta}
-    return origin | {"made_by": (*origin.get("made_by", ()), rule.name)}
+def inherited(old: fx.Node, made_by: str) -> dict[str, Any]:
+    """The origin of a node that takes the place of `old`."""
+    origin = {key: old.meta[key] for key in ORIGIN if key in old.meta}
+    return origin | {"made_by": (*origin.get("made_by", ()), made_by)}
 
 
 def _require_same_fact(rule: Rule, old: fx.Node, new: fx.Node) -> None:

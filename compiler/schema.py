@@ -31,6 +31,8 @@ def load(cls: type[T], data: object, where: str = "") -> T:
 
 def value_of(hint: Any, data: object, where: str) -> Any:
     """`data` as the type of an annotation: plain types, unions of them, tuple[X, ...], dict[str, X], dataclasses."""
+    if hint is Any:
+        return data
     origin = get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return _union(get_args(hint), data, where)

@@ -12,7 +12,7 @@ from sylvester.compiler import ops
 from sylvester.compiler.changes import Changes
 from sylvester.compiler.pipeline import Contract, Pass
 from sylvester.compiler.program import Program
-from sylvester.compiler.rewrite import Match, Refusal, Rule, either, rewrite
+from sylvester.compiler.rewrite import Match, Refusal, Rule, either, optional, rewrite
 
 HEADS = -3
 CASTS = (torch.ops.aten.to.dtype, torch.ops.aten.type_as.default)
@@ -25,7 +25,7 @@ def halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
 
 def pairs(x: Tensor, y: Tensor) -> Tensor:
     """Interleave the last axes of x and y."""
-    stacked = torch.stack((x, y), -1)
+    stacked = either(torch.cat((x.unsqueeze(-1), y.unsqueeze(-1)), -1), torch.stack((x, y), -1))
     return stacked.flatten(-2)
 
 
@@ -34,12 +34,18 @@ def table(angles: Tensor) -> Tensor:
     return angles.squeeze(HEADS) if angles.dim() == 4 else angles
 
 
+def in_the_middle(match: Match) -> Refusal | None:
+    """A refusal unless the halves are cut in the middle of x; chunks always are."""
+    features = match.fact("x").shape[-1]
+    if match["half"] in (None, features // 2):
+        return None
+    return Refusal(f"rotates at {match['half']}, expected half of {features} features", match.root)
+
+
 def fits(match: Match, width: int) -> Refusal | None:
     """A refusal unless x is [batch, heads, tokens, features] and the tables broadcast over heads, `width` values wide."""
     if match.fact("x").dim() != 4:
         return Refusal(f"x has {match.fact('x').dim()} axes, expected batch, heads, tokens, features", match.root)
-    if match.bound.get("half") not in (None, match.fact("x").shape[-1] // 2):
-        return Refusal(f"rotates at {match['half']}, expected half of {match.fact('x').shape[-1]} features", match.root)
     for name in ("cos", "sin"):
         shape = match.fact(name).shape
         if shape[-1] != width or len(shape) < 2 or (len(shape) > 2 and shape[HEADS] != 1):
@@ -63,7 +69,7 @@ class RopeHalves(Rule):
         return ops.rope(x, table(cos), table(sin), False)
 
     def allow(self, match: Match) -> Refusal | None:
-        return fits(match, match.fact("x").shape[-1])
+        return in_the_middle(match) or fits(match, match.fact("x").shape[-1])
 
 
 class RopeSplitHalves(Rule):
@@ -83,7 +89,7 @@ class RopeSplitHalves(Rule):
         return ops.rope(x, torch.cat((cos, cos), -1), torch.cat((sin, sin), -1), False)
 
     def allow(self, match: Match) -> Refusal | None:
-        return fits(match, match.fact("x").shape[-1] // 2)
+        return in_the_middle(match) or fits(match, match.fact("x").shape[-1] // 2)
 
 
 class RopePairs(Rule):
@@ -125,17 +131,26 @@ class RopeSplitPairs(Rule):
 
 
 class RopePart(Rule):
-    """Rotation of the first features only (GPT-NeoX, Phi)."""
+    """Features [start, end) of a wider tensor, of which those up to `rotary` turn (GPT-NeoX, Phi)."""
 
-    example = ((2, 3, 5, 12), (5, 8), (5, 8), 8, False)
-
-    @staticmethod
-    def before(x: Tensor, cos: Tensor, sin: Tensor, rotary: int, interleaved: bool) -> Tensor:
-        return torch.cat((ops.rope(x[..., :rotary], cos, sin, interleaved), x[..., rotary:]), -1)
+    example = ((2, 3, 5, 14), (2, 1, 5, 6), (2, 1, 5, 6), 2, 5, 8, 11)
+    transparent = CASTS
 
     @staticmethod
-    def after(x: Tensor, cos: Tensor, sin: Tensor, rotary: int, interleaved: bool) -> Tensor:
-        return ops.rope(x, cos, sin, interleaved)
+    def before(x: Tensor, cos: Tensor, sin: Tensor, start: int, half: int, rotary: int, end: int) -> Tensor:
+        turned = torch.cat((-x[..., half:rotary], x[..., start:half]), -1)
+        y = x[..., start:rotary] * cos + turned * sin
+        return optional(torch.cat((y, x[..., rotary:end]), -1), y)
+
+    @staticmethod
+    def after(x: Tensor, cos: Tensor, sin: Tensor, start: int, half: int, rotary: int, end: int | None) -> Tensor:
+        return ops.rope(x[..., start : rotary if end is None else end], table(cos), table(sin), False)
+
+    def allow(self, match: Match) -> Refusal | None:
+        start, half, rotary = match["start"], match["half"], match["rotary"]
+        if half - start != rotary - half:
+            return Refusal(f"rotates features {start} to {rotary} at {half}, expected their middle", match.root)
+        return fits(match, rotary - start)
 
 
 class HeadAxis(Rule):

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from sylvester.compiler.calls import Call, Result, Rule, arguments, same_size, same_sizes, tensor
+from sylvester.compiler.calls import Call, Result, Rule, arguments, same_fact, same_size, same_sizes, tensor
 from sylvester.compiler.program import is_weight, value
 
 aten = torch.ops.aten
@@ -72,6 +72,20 @@ def _merges_rows(flat: fx.Node) -> bool:
     return len(before) > len(after) >= 2 and same_size(before[-1], after[-1])
 
 
+def after_both_rows(node: fx.Node) -> Result:
+    """op(reshape(x), reshape(y)) with the same leading axes merged is reshape(op(x, y)) for elementwise ops."""
+    first, second = node.args[:2]
+    flat = [n for n in (first, second) if isinstance(n, fx.Node)]
+    if not all(map(_merges_rows, flat)) or not all(same_fact(n, node) for n in flat):
+        return None
+    inside = [n.args[0] for n in flat]
+    if not all(same_fact(n, inside[0]) for n in inside):
+        return None
+    operands = inside if len(flat) == 2 else [inside[0], second]
+    inner = Call(node.target, (*operands, *node.args[2:]), node.kwargs)  # type: ignore[arg-type]
+    return Call(aten.reshape.default, (inner, flat[0].args[1]))
+
+
 def layer_norm_rows(node: fx.Node) -> Result:
     """A norm over the last axis works on each row."""
     return after_rows(node) if len(arguments(node)["normalized_shape"]) == 1 else None
@@ -85,5 +99,8 @@ RULES: dict[Any, tuple[Rule, ...]] = {
     aten.mm.default: (matmul,),
     aten.bmm.default: (matmul,),
     aten.matmul.default: (matmul,),
-    aten.add.Tensor: (add_bias,),
+    aten.add.Tensor: (add_bias, after_both_rows),
+    aten.sub.Tensor: (after_both_rows,),
+    aten.mul.Tensor: (after_both_rows,),
+    aten.div.Tensor: (after_both_rows,),
 }

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from sylvester.compiler.calls import Call, Result, Rule, arguments, same_fact
+from sylvester.compiler.calls import Call, Result, Rule, arguments, same_fact, same_size, size_of
 from sylvester.compiler.program import value
 
 aten = torch.ops.aten
@@ -90,12 +90,37 @@ def masked_fill(node: fx.Node) -> Result:
 
 
 def conjunction(node: fx.Node) -> Result:
-    """x & true and x | false are x."""
+    """x & true and x | false are x, expanded to the shape of both."""
     neutral = node.target is aten.bitwise_and.Tensor
     for x, y in (node.args[:2], node.args[1::-1]):
-        if constant(y) is neutral and same_fact(x, node):
-            return cast(fx.Node, x)
+        if constant(y) is neutral:
+            return expanded(cast(fx.Node, x), cast(fx.Node, y), node)
     return None
+
+
+def expanded(x: fx.Node, other: fx.Node, like: fx.Node) -> Result:
+    """`x` in the shape of `like`, which `x` and `other` broadcast to."""
+    if same_fact(x, like):
+        return x
+    shape = value(like).shape
+    lengths = {x: value(x).dim() - len(shape), other: value(other).dim() - len(shape)}
+    sizes: list[Any] = []
+    for i, size in enumerate(shape):
+        sources = [n for n, shift in lengths.items() if i + shift >= 0 and same_size(value(n).shape[i + shift], size)]
+        sizes.append(size_of(sources[0], i + lengths[sources[0]]) if sources else size)
+    return Call(aten.expand.default, (x, sizes)) if value(x).dtype == value(like).dtype else None
+
+
+def never_negative(node: fx.Node) -> Result:
+    """A range from 0 on is always >= 0: all true."""
+    source, bound = cast("tuple[fx.Node, Any]", node.args)
+    below = cast("Any", source)
+    while isinstance(below, fx.Node) and below.target in VIEWS:
+        below = below.args[0]
+    if not isinstance(below, fx.Node) or below.target is not aten.arange.default or bound != 0:
+        return None
+    sizes = [size_of(source, dim) for dim in range(value(source).dim())]
+    return Call(aten.full.default, (sizes, True), {"dtype": torch.bool})
 
 
 def attention_mask(node: fx.Node) -> Result:
@@ -120,6 +145,7 @@ RULES: dict[Any, tuple[Rule, ...]] = {
     aten.arange.default: (arange,),
     aten.arange.start: (arange,),
     aten.arange.start_step: (arange,),
+    aten.ge.Scalar: (never_negative,),
     aten.bitwise_and.Tensor: (conjunction,),
     aten.bitwise_or.Tensor: (conjunction,),
     aten.scaled_dot_product_attention.default: (attention_mask,),

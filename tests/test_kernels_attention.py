@@ -60,7 +60,7 @@ def reference(q, k, v, mask, case):
 
 
 def make_mask(rng, kind, shape):
-    batch, heads, rows, keys = shape
+    batch, _, rows, keys = shape
     if kind == "none":
         return None
     if kind == "bool":

@@ -28,7 +28,8 @@ CASES = [
 ]
 CALL = "(t, p[0], p[1], p[2], p[3], i[0], i[1], i[2], i[3], i[4]);"
 SOURCE = "".join(
-    conv2d(f"conv{n}", case[0]) + export(f"conv{n}", f"conv{n}{CALL}", f"conv{n}_scratch") for n, case in enumerate(CASES)
+    conv2d(f"conv{n}", case[0]) + export(f"conv{n}", f"conv{n}{CALL}", f"conv{n}_scratch")
+    for n, case in enumerate(CASES)
 )
 
 

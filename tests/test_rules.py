@@ -1,4 +1,4 @@
-"""Every rule proves itself: both sides agree on its example, in every spelling. No rule is named here."""
+"""Every rule proves itself: its pattern matches each spelling of `before`, and both sides agree. No rule is named here."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import importlib
 import itertools
 import pkgutil
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx
 
 import sylvester.passes
+from sylvester.compiler.match import Match, Matcher
 from sylvester.compiler.ops import sample
 from sylvester.compiler.pattern import EITHER, pattern_of, trace
 from sylvester.compiler.rewrite import Rule
@@ -22,49 +22,43 @@ for module in pkgutil.iter_modules(sylvester.passes.__path__):
 RULES = [rule for rule in Rule.__subclasses__() if rule.__module__.startswith("sylvester.passes")]
 
 
-class Spelling(fx.Interpreter):
-    """Runs a traced `before` with one form chosen at each `either`."""
-
-    def __init__(self, graph: fx.Graph, choice: dict[fx.Node, int]) -> None:
-        super().__init__(torch.nn.Module(), graph=graph)
-        self.choice = {node.name: n for node, n in choice.items()}
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.target is not EITHER:
-            return super().run_node(n)
-        return self.env[n.args[0][self.choice[n.name]]]
-
-
-def spellings(rule: type[Rule]) -> Iterator[tuple[Tensor, set[str]]]:
-    """The value of `before` in each spelling, with the tensor parameters that occur in it."""
-    args = sample(rule.example)
-    graph = trace(rule.before, rule.example)
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    names = [name for name, x in zip(pattern_of(rule).names, args, strict=True) if isinstance(x, Tensor)]
-    placeholders = dict(zip(graph.find_nodes(op="placeholder"), names, strict=True))
-    choices = [n for n in graph.nodes if n.target is EITHER]
+def spellings(rule: type[Rule]) -> Iterator[fx.Graph]:
+    """`before` as one graph for each way to choose among its `either` forms."""
+    traced = trace(rule.before, rule.example)
+    choices = [n for n in traced.nodes if n.target is EITHER]
     for picks in itertools.product(*(range(len(n.args[0])) for n in choices)):
-        choice = dict(zip(choices, picks, strict=True))
-        yield Spelling(graph, choice).run(*tensors), reached(graph.output_node(), choice, placeholders)
+        graph, copies = fx.Graph(), {}
+        for node in traced.nodes:
+            if node.target is EITHER:
+                copies[node] = copies[node.args[0][picks[choices.index(node)]]]
+            else:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.eliminate_dead_code()
+        yield graph
 
 
-def reached(node: fx.Node, choice: dict[fx.Node, int], placeholders: dict[fx.Node, str]) -> set[str]:
-    if node in placeholders:
-        return {placeholders[node]}
-    inputs = [node.args[0][choice[node]]] if node in choice else node.all_input_nodes
-    return {name for n in inputs for name in reached(n, choice, placeholders)}
-
-
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_both_sides_agree(rule: type[Rule]) -> None:
-    args = dict(zip(pattern_of(rule).names, sample(rule.example), strict=True))
-
-    for before, present in spellings(rule):
-        given = {name: x if name in present or not isinstance(x, Tensor) else None for name, x in args.items()}
-        torch.testing.assert_close(rule.after(**given), before)
+def tensors(rule: type[Rule]) -> list[Tensor]:
+    return [x for x in sample(rule.example) if isinstance(x, Tensor)]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_rule_matches_its_own_before(rule: type[Rule]) -> None:
-    assert pattern_of(rule).targets()
-    assert pattern_of(rule).size > 0
+def test_every_spelling_matches_and_both_sides_agree(rule: type[Rule]) -> None:
+    for graph in spellings(rule):
+        inputs = dict(zip(graph.find_nodes(op="placeholder"), tensors(rule), strict=True))
+        before = fx.GraphModule(torch.nn.Module(), graph)(*inputs.values())
+        (root,) = graph.output_node().all_input_nodes
+
+        match = Matcher(pattern_of(rule), rule.transparent).match(root)
+
+        assert isinstance(match, Match), f"{match}\n{graph}"
+        bound = {name: inputs[x] if isinstance(x, fx.Node) else x for name, x in match.bound.items()}
+        torch.testing.assert_close(rule.after(**bound), before)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_no_rule_matches_a_lone_call(rule: type[Rule]) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    node = graph.call_function(torch.ops.aten.relu.default, (x,))
+
+    assert not isinstance(Matcher(pattern_of(rule), rule.transparent).match(node), Match)

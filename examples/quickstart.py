@@ -1,0 +1,15 @@
+"""Compile the language model in this folder and let it write.
+
+    python examples/quickstart.py
+"""
+
+from pathlib import Path
+
+import sylvester as sv
+
+MODEL = Path(__file__).parent / "models" / "novels-7m"
+
+compiled = sv.compile(MODEL, target="cpu")
+for piece in compiled.generate("Once upon a time", max_new_tokens=100, stream=True):
+    print(piece, end="", flush=True)
+print()

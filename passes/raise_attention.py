@@ -1,0 +1,144 @@
+"""softmax(q kᵀ · scale + mask) v, written out or as one torch call -> attention(q, k, v, mask, scale, causal, window)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from sylvester.compiler import ops
+from sylvester.compiler.changes import Changes, Refusal
+from sylvester.compiler.masks import Band, recognise
+from sylvester.compiler.pipeline import Contract, Pass
+from sylvester.compiler.program import Entry, Program, value
+from sylvester.compiler.rewrite import inherited
+from sylvester.passes.attention_parts import Attention, from_call, from_softmax, unrepeated
+
+aten = torch.ops.aten
+
+@dataclass(frozen=True)
+class RaiseAttention(Pass):
+    """Every attention becomes one op over un-repeated keys and values; masks of positions become flags."""
+
+    name: ClassVar[str] = "raise-attention"
+    contract: ClassVar[Contract] = "exact"
+
+    def run(self, program: Program) -> Changes:
+        changes = Changes()
+        for entry in program.entries.values():
+            raiser = Raiser(program, entry, changes)
+            for node in entry.calls(aten.scaled_dot_product_attention.default):
+                raiser.settle(node, from_call(node))
+            for node in entry.calls(aten.softmax.int, aten._softmax.default):
+                raiser.settle(node, from_softmax(entry, node))
+        return changes
+
+
+class Raiser:
+    """Works on one entry; layers share what is known of a mask and the facts of equal attentions."""
+
+    def __init__(self, program: Program, entry: Entry, changes: Changes) -> None:
+        self.program = program
+        self.entry = entry
+        self.changes = changes
+        self.bands: dict[fx.Node, Band | Refusal] = {}
+        self.facts: dict[object, Any] = {}
+
+    def settle(self, node: fx.Node, found: Attention | Refusal | None) -> None:
+        """Replace one attention, or note why not."""
+        if isinstance(found, Attention):
+            found = with_shared_heads(found)
+        if isinstance(found, Attention):
+            found = self._replace(self._without_bands(found))
+        if isinstance(found, Refusal):
+            self.changes.refuse("attention", found, node)
+
+    def _without_bands(self, found: Attention) -> Attention:
+        """Masks of positions become the causal flag and the window; other masks stay, with the reason noted once."""
+        band, kept = Band(found.causal, 0), []
+        for mask in found.masks:
+            seen = self._band(mask)
+            if isinstance(seen, Refusal):
+                kept.append(mask)
+            else:
+                windows = [w for w in (band.window, seen.window) if w]
+                band = Band(band.causal or seen.causal, min(windows, default=0))
+        return replace(found, masks=tuple(kept), causal=band.causal, window=band.window)
+
+    def _band(self, mask: fx.Node) -> Band | Refusal:
+        if mask not in self.bands:
+            self.bands[mask] = recognise(self.program, self.entry, mask)
+            if isinstance(refusal := self.bands[mask], Refusal):
+                self.changes.refuse("mask", refusal, mask)
+        return self.bands[mask]
+
+    def _replace(self, found: Attention) -> Refusal | None:
+        new = self._build(found)
+        old, fact = value(found.out), value(new)
+        if fact.dtype != old.dtype or list(map(str, fact.shape)) != list(map(str, old.shape)):
+            return Refusal(f"would give {fact.dtype}{list(fact.shape)}, the graph has {old.dtype}{list(old.shape)}", new)
+        self.changes.apply("attention", found.out)
+        self.entry.replace(found.out, new)
+        return None
+
+    def _build(self, found: Attention) -> fx.Node:
+        """Emit the op in front of the old result. Operands with three axes get one head."""
+        emit = partial(self.entry.emit, before=found.out, made_by=RaiseAttention.name)
+        q, k, v = found.q, found.k, found.v
+        one_head = value(q).dim() == 3
+        if one_head:
+            q, k, v = (emit(aten.unsqueeze.default, n, 1) for n in (q, k, v))
+        mask = joined(emit, found.masks)
+        if mask is not None and one_head and value(mask).dim() == 3:
+            mask = emit(aten.unsqueeze.default, mask, 1)
+        new = self._attention(found, (q, k, v, mask, None, found.scale, found.causal, found.window))
+        return emit(aten.squeeze.dim, new, 1) if one_head else new
+
+    def _attention(self, found: Attention, args: tuple[Any, ...]) -> fx.Node:
+        """The call itself; its fact depends on the facts of its operands only."""
+        key = tuple(str(value(x).shape) + str(value(x).dtype) if isinstance(x, fx.Node) else x for x in args)
+        if key not in self.facts:
+            self.facts[key] = self.entry.fact(ops.attention.target, args, {})
+        with self.entry.graph.inserting_before(found.out):
+            node = self.entry.graph.call_function(ops.attention.target, args)
+        node.meta = inherited(found.out, RaiseAttention.name) | {"val": self.facts[key]}
+        return node
+
+
+def with_shared_heads(found: Attention) -> Attention | Refusal:
+    """The attention with un-repeated heads, or why its operands are none of the op's."""
+    ranks = {value(n).dim() for n in (found.q, found.k, found.v)}
+    if ranks not in ({3}, {4}):
+        return Refusal(f"operands have {sorted(ranks)} axes, expected batch, heads, tokens, features", found.out)
+    if ranks == {3}:
+        return found
+    k, v = unrepeated(found.k), unrepeated(found.v)
+    if value(k).shape[1] != value(v).shape[1]:
+        k, v = found.k, found.v
+    heads, key_heads = value(found.q).shape[1], value(k).shape[1]
+    if value(k).shape[1] != value(v).shape[1] or not isinstance(key_heads, int) or heads % key_heads:
+        return Refusal(f"{heads} query heads do not share {key_heads} key heads evenly", found.out)
+    return replace(found, k=k, v=v)
+
+
+def joined(emit: Any, masks: tuple[fx.Node, ...]) -> fx.Node | None:
+    """One mask for several: bool masks are intersected, others added."""
+    if not masks:
+        return None
+    kinds = {value(m).dtype == torch.bool for m in masks}
+    if kinds == {True, False}:
+        masks = tuple(additive(emit, m) for m in masks)
+    join = aten.bitwise_and.Tensor if kinds == {True} else aten.add.Tensor
+    return reduce(lambda a, b: emit(join, a, b), masks)
+
+
+def additive(emit: Any, mask: fx.Node) -> fx.Node:
+    """A bool mask as zeros and minus infinities."""
+    if value(mask).dtype != torch.bool:
+        return mask
+    node: fx.Node = emit(aten.where.Scalar, mask, 0.0, -math.inf)
+    return node

@@ -1,0 +1,225 @@
+"""The commands, each a thin layer over the public functions; `--json` prints one JSON value instead of text."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sylvester import __version__
+from sylvester.cli_show import emit, table, watched
+
+app = typer.Typer(
+    name="sylvester",
+    help="Compile PyTorch models: every rewrite has a contract, every claim is measured on the target.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+UsageError = typer.BadParameter.__bases__[0]
+"""Of the click that typer uses, be it its own copy or the package."""
+
+INTERRUPTED = 130
+"""What some versions of typer return where others raise `Abort`."""
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
+Folder = Annotated[Path, typer.Argument(help="An artefact folder.", metavar="ARTEFACT")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A Hugging Face folder, a .pt2 file, or module:factory returning a module or (module, inputs)."
+    ),
+]
+Threads = Annotated[int | None, typer.Option(help="Threads to use; default: every core.")]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Parse and run; a usage error is shown and gives 2, an interrupt is raised as such."""
+    try:
+        code = int(app(list(arguments), standalone_mode=False) or 0)
+    except typer.Abort as error:
+        raise KeyboardInterrupt from error
+    except UsageError as error:
+        error.show()  # type: ignore[attr-defined]
+        return 2
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    return code
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compile PyTorch models."""
+
+
+@app.command("compile")
+def compile_command(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the artefact goes.")],
+    target: Annotated[str, typer.Option(help="What to compile for.")] = "cpu",
+    passes: Annotated[str, typer.Option(help="Passes to apply, separated by commas.")] = "",
+    threads: Threads = None,
+    max_length: Annotated[
+        int, typer.Option(min=0, help="Longest sequence of a language model; 0: the model's own.")
+    ] = 0,
+    as_json: Json = False,
+) -> None:
+    """Compile a model and save the artefact."""
+    from sylvester.compiler.artefact import check_destination
+    from sylvester.compiler.target import Target
+
+    check_destination(output)
+    from sylvester.cli_inputs import load_model
+    from sylvester.compiler.driver import compile as build
+
+    start = time.perf_counter()
+    module, example = load_model(model)
+    names = [name.strip() for name in passes.split(",") if name.strip()]
+    with watched(not as_json) as progress:
+        chosen = Target(target, max_length=max_length)
+        compiled = build(module, example, target=chosen, passes=names, threads=threads, progress=progress)
+    with compiled:
+        compiled.save(output)
+        size, seconds = sum(spec.bytes for spec in compiled.manifest.files.values()), time.perf_counter() - start
+        facts = {
+            "artefact": str(output),
+            "target": target,
+            "entries": compiled.entries,
+            "bytes": size,
+            "seconds": seconds,
+        }
+        facts["ledger"] = compiled.report["ledger"]["rows"]
+        done = f"{output}: {', '.join(compiled.entries)}, {size / 1e6:.1f} MB, in {seconds:.1f} s"
+        emit(facts, f"{compiled.ledger}\n{done}", as_json)
+
+
+@app.command("run")
+def run_command(
+    artefact: Folder,
+    inputs: Annotated[
+        list[Path], typer.Option("--input", "-i", help="Inputs: .npz or .json by name, or .npy in order.")
+    ],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the outputs to this .npz file.")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Run an artefact on inputs from files; prints a summary of each output."""
+    from sylvester.cli_inputs import read_inputs, summary, write_outputs
+    from sylvester.compiler.binding import asked
+    from sylvester.compiler.compiled import load
+
+    with load(artefact, threads=threads) as compiled:
+        specs = asked(compiled.manifest.entries[compiled.manifest.main])
+        result = compiled(**read_inputs(inputs, specs))
+        names = [spec.name for spec in compiled.manifest.entries[compiled.manifest.main].outputs]
+    values = (
+        list(result.values()) if isinstance(result, dict) else list(result) if isinstance(result, tuple) else [result]
+    )
+    arrays = dict(zip(names, values, strict=True))
+    if output is not None:
+        write_outputs(output, arrays)
+    rows = [summary(name, array) for name, array in arrays.items()]
+    emit({"outputs": rows}, table(rows), as_json)
+
+
+@app.command()
+def generate(
+    artefact: Folder,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to add at most; default: what fits.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens only.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that make up p.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes drawing repeatable.")] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a text and stream what comes."""
+    from sylvester.compiler.compiled import load
+
+    start = time.perf_counter()
+    with load(artefact, threads=threads) as compiled:
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        stream = compiled.generate(prompt, max_new_tokens, stream=True, **options)
+        show: Callable[[str], object] = (lambda piece: None) if as_json else _write
+        show(prompt)
+        pieces = []
+        for piece in stream:
+            pieces.append(piece)
+            show(piece)
+    text = "".join(pieces)
+    if not as_json:
+        typer.echo()
+        return
+    emit({"prompt": prompt, "text": text, "seconds": time.perf_counter() - start}, "", as_json)
+
+
+def _write(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+@app.command()
+def bench(
+    artefact: Folder,
+    runs: Annotated[int, typer.Option(min=1, help="Timed calls of each entry.")] = 30,
+    batch: Annotated[int, typer.Option(min=1, help="Rows per call.")] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Tokens, or other free sizes, per row.")] = 64,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Time every entry: the median of some calls after a warm-up."""
+    from sylvester.cli_bench import measure
+    from sylvester.compiler.artefact import open_runner
+
+    runner = open_runner(artefact, threads)
+    rows = measure(runner, runs=runs, batch=batch, length=length)
+    runner.close()
+    emit({"batch": batch, "entries": rows}, table(rows), as_json)
+
+
+@app.command()
+def passes(as_json: Json = False) -> None:
+    """List the passes: name, contract, what they do."""
+    from sylvester.cli_show import pass_rows
+
+    rows = pass_rows()
+    emit(rows, table(rows), as_json)
+
+
+@app.command()
+def show(model: Model, as_json: Json = False) -> None:
+    """Print an artefact's entries and files, or the program traced from a model."""
+    from sylvester.cli_show import artefact_facts, program_facts
+
+    facts, text = artefact_facts(Path(model)) if (Path(model) / "manifest.json").exists() else program_facts(model)
+    emit(facts, text, as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has: versions, C compiler, CPU, folders, switches. Gives 1 when something is missing."""
+    from sylvester.cli_doctor import examine
+
+    facts: dict[str, Any] = examine()
+    lines = [f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in facts.items()]
+    emit(facts, "\n".join(lines), as_json)
+    if facts["problems"]:
+        raise typer.Exit(1)

@@ -1,0 +1,65 @@
+"""What this machine has of what sylvester can use."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sylvester import __version__
+from sylvester.compiler import knobs
+from sylvester.compiler.errors import CompileError
+
+PACKAGES = ("torch", "numpy", "safetensors", "networkx", "transformers", "tokenizers", "ziglang", "typer", "rich")
+FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
+
+
+def examine() -> dict[str, Any]:
+    """Facts by name; `problems` lists what keeps a compilation from working."""
+    problems: list[str] = []
+    return {
+        "sylvester": __version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "compiler": _compiler(problems),
+        "machine": platform.machine(),
+        "cpu features": _features(),
+        "cores": len(os.sched_getaffinity(0)),
+        "cache": _cache(problems),
+        "switches": {knob.name: knob.get() for knob in knobs.KNOBS},
+        "problems": problems,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _compiler(problems: list[str]) -> str | None:
+    from sylvester.backends.toolchain import find_compiler
+
+    try:
+        return " ".join(find_compiler().command)
+    except CompileError as error:
+        problems.append(f"{error.message} ({error.hint})")
+        return None
+
+
+def _features() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+    return [feature for feature in FEATURES if feature in flags]
+
+
+def _cache(problems: list[str]) -> str:
+    folder = knobs.cache_folder()
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        problems.append(f"the cache folder {folder} cannot be written; set {knobs.CACHE.name}")
+    return str(folder)

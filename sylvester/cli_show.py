@@ -1,0 +1,82 @@
+"""What the commands print: tables, JSON, and progress on a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sylvester.compiler.progress import Progress, silent
+
+
+def emit(facts: object, text: str, as_json: bool) -> None:
+    """The JSON value, or the text."""
+    print(json.dumps(facts) if as_json else text)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Aligned columns under the keys of the first row; floats with four digits."""
+    if not rows:
+        return "nothing"
+    lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def watched(wanted: bool) -> Iterator[Progress]:
+    """A progress bar on the terminal's error stream; silent elsewhere."""
+    if not wanted or not sys.stderr.isatty():
+        yield silent
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description:24}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("start", total=1)
+        yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)
+
+
+def pass_rows() -> list[dict[str, str]]:
+    """Name, contract and first line of the documentation of every registered pass."""
+    from sylvester.compiler.registry import resolve, table
+
+    rows = []
+    for name, place in sorted(table("passes").items()):
+        cls = resolve(place)
+        rows.append({"pass": name, "contract": str(cls.contract), "does": _first_line(cls)})
+    return rows
+
+
+def _first_line(cls: type) -> str:
+    """Of the class, else of its module: a dataclass without a docstring has its signature there."""
+    own = cls.__doc__ or ""
+    text = sys.modules[cls.__module__].__doc__ if not own or own.startswith(f"{cls.__name__}(") else own
+    return (text or "").strip().splitlines()[0]
+
+
+def artefact_facts(folder: Path) -> tuple[dict[str, Any], str]:
+    from sylvester.compiler.artefact import describe
+    from sylvester.compiler.manifest import read_verified
+
+    manifest = read_verified(folder)
+    files = [{"file": name, "bytes": spec.bytes} for name, spec in manifest.files.items()]
+    return json.loads(manifest.to_json()), f"target {manifest.target}\n{describe(manifest)}\n{table(files)}"
+
+
+def program_facts(model: str) -> tuple[dict[str, Any], str]:
+    from sylvester.cli_inputs import load_model
+    from sylvester.compiler.driver import trace
+
+    program = trace(*load_model(model))
+    facts = {name: {"nodes": len(entry.calls())} for name, entry in program.entries.items()}
+    return {"entries": facts, "parameter_bytes": program.weights.nbytes}, str(program)
