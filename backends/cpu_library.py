@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sylvester.codegen.isa import ISAS
 from sylvester.compiler import knobs
@@ -40,12 +41,12 @@ class Library:
         """`arena`, `shapes` or `run` of one entry."""
         return self._entries[verb, name]
 
-    def _function(self, name: str, result: type | None, *arguments: object) -> ctypes._NamedFuncPointer:
+    def _function(self, name: str, result: type | None, *arguments: Any) -> ctypes._NamedFuncPointer:
         if not hasattr(self._code, name):
             raise ArtefactError(f"{self.path.name} has no function {name}", hint="compile the model again")
         function: ctypes._NamedFuncPointer = getattr(self._code, name)
         function.restype = result
-        function.argtypes = list(arguments)  # type: ignore[assignment]
+        function.argtypes = list(arguments)
         return function
 
 

@@ -111,12 +111,12 @@ class Engine:
             raise CompileError(f"{rule.name} does not converge", at=match.root, hint="does its result match itself?")
         template = self._template(rule, match)
         _require_same_fact(rule, match.root, template.output_node().all_input_nodes[0])
-        new = self._insert(rule, match, template)
+        new, inserted = self._insert(rule, match, template)
         self.changes.apply(rule.name, match.root)
         blocked = self._blocked(match)
         self.entry.replace(match.root, new)
         self._erase(match.root)
-        self._revisit([new, *blocked])
+        self._revisit([*inserted, new, *blocked])
 
     def _template(self, rule: Rule, match: Match) -> fx.Graph:
         """`after` traced on the facts of the bound nodes; equal facts share one trace."""
@@ -138,16 +138,21 @@ class Engine:
                 raise InvalidProgram(f"{rule.name}: `after` makes a tensor constant", hint="use factory ops or literals")
         return graph
 
-    def _insert(self, rule: Rule, match: Match, template: fx.Graph) -> fx.Node:
-        """Copy the replacement in front of the root; an input that is returned as it is keeps its own facts."""
+    def _insert(self, rule: Rule, match: Match, template: fx.Graph) -> tuple[fx.Node, list[fx.Node]]:
+        """Copy the replacement in front of the root: its result and all new nodes.
+
+        An input that is returned as it is keeps its own facts.
+        """
         copies = dict(zip(template.find_nodes(op="placeholder"), _bound_nodes(match).values(), strict=True))
-        template_output = template.output_node().all_input_nodes[0]
+        result = template.output_node().all_input_nodes[0]
+        inserted = []
         with self.entry.graph.inserting_before(match.root):
             for node in template.nodes:
-                if node.op == "call_function" and (node.users or node is template_output):
+                if node.op == "call_function" and (node.users or node is result):
                     copies[node] = self.entry.graph.node_copy(node, copies.__getitem__)
                     copies[node].meta = inherited(match.root, rule.name) | {"val": value(node)}
-        return copies[template_output]
+                    inserted.append(copies[node])
+        return copies[result], inserted
 
     def _blocked(self, match: Match) -> list[fx.Node]:
         """Roots refused because of an operand of this match: what uses it has changed."""

@@ -33,7 +33,7 @@ class Sampling:
         import numpy as np
 
         if self.temperature == 0:
-            return logits.argmax(-1).astype(np.int64)
+            return np.asarray(logits.argmax(-1), np.int64)
         return np.array([random.choice(row.size, p=row) for row in self.probabilities(logits)], np.int64)
 
     def probabilities(self, logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
@@ -57,5 +57,5 @@ def _nucleus(chances: NDArray[np.float64], mass: float) -> NDArray[np.float64]:
     ranked = np.take_along_axis(chances, order, -1)
     ranked[np.cumsum(ranked, -1) - ranked >= mass] = 0
     kept = np.empty_like(chances)
-    np.put_along_axis(kept, order, ranked, -1)
-    return kept / kept.sum(-1, keepdims=True)
+    np.put_along_axis(kept, order, ranked / ranked.sum(-1, keepdims=True), -1)
+    return kept

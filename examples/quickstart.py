@@ -1,6 +1,6 @@
 """Compile the language model in this folder and let it write.
 
-    python examples/quickstart.py
+python examples/quickstart.py
 """
 
 from pathlib import Path

@@ -23,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-UsageError = typer.BadParameter.__bases__[0]
+UsageError: type[Any] = typer.BadParameter.__bases__[0]
 """Of the click that typer uses, be it its own copy or the package."""
 
 INTERRUPTED = 130
@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
     except typer.Abort as error:
         raise KeyboardInterrupt from error
     except UsageError as error:
-        error.show()  # type: ignore[attr-defined]
+        error.show()
         return 2
     if code == INTERRUPTED:
         raise KeyboardInterrupt
@@ -156,7 +156,7 @@ def generate(
 
     start = time.perf_counter()
     with load(artefact, threads=threads) as compiled:
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         stream = compiled.generate(prompt, max_new_tokens, stream=True, **options)
         show: Callable[[str], object] = (lambda piece: None) if as_json else _write
         show(prompt)

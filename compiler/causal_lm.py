@@ -1,0 +1,155 @@
+"""Is a program a causal language model that can decode token by token? Every condition is checked on the graph."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from sylvester.compiler import ops
+from sylvester.compiler.changes import Refusal
+from sylvester.compiler.positions import Positions, has
+from sylvester.compiler.program import Entry, Program, binding, value
+from sylvester.compiler.token_axis import mixes
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """The parts of a causal LM's `forward`: tokens [batch, length], attention in order, positions with their offsets.
+
+    `positions` and `rows` are what depends on where a token stands: integers arange(length) + offset, and slices of a
+    table by position. `limit` is the number of positions that the tables hold, None without tables.
+    """
+
+    tokens: fx.Node
+    symbol: sympy.Symbol
+    attention: tuple[fx.Node, ...]
+    positions: dict[fx.Node, int]
+    rows: dict[fx.Node, int]
+    limit: int | None
+
+
+def analyse(program: Program) -> CausalLM | Refusal:
+    """The parts of `forward`, or the first reason why it cannot be decoded token by token."""
+    if "forward" not in program.entries:
+        return Refusal(f"there is no entry 'forward', the program has {list(program.entries)}")
+    entry = program.entries["forward"]
+    tokens = _tokens(entry)
+    if isinstance(tokens, Refusal):
+        return tokens
+    symbol = value(tokens).shape[1].node.expr
+    attention = entry.calls(ops.attention.target)
+    refusal = _attention(entry, attention, tokens) or _outputs(entry, tokens)
+    if refusal:
+        return refusal
+    positions = Positions(program, entry, symbol)
+    frontier, rows = positions.frontier(), positions.table_rows()
+    given = positions.offsets.keys() | positions.constant | rows.keys() | set(attention)
+    for node in entry.calls():
+        if node in given or node.target is operator.getitem or not _reaches_result(node):
+            continue
+        refusal = _unplaced(node, positions, symbol) or mixes(node, symbol)
+        if refusal:
+            return refusal
+    return CausalLM(tokens, symbol, tuple(attention), frontier, rows, _limit(frontier, rows))
+
+
+def _tokens(entry: Entry) -> fx.Node | Refusal:
+    inputs = entry.placeholders("input")
+    if len(inputs) != 1:
+        return Refusal(f"there are {len(inputs)} inputs {[binding(n).key for n in inputs]}, expected token ids only")
+    fact: Tensor = value(inputs[0])
+    if fact.ndim != 2 or fact.dtype != torch.int64:
+        return Refusal(f"the input is {fact.dtype}{list(fact.shape)}, expected int64 [batch, length]", inputs[0])
+    if not isinstance(fact.shape[1], torch.SymInt) or not isinstance(fact.shape[1].node.expr, sympy.Symbol):
+        return Refusal(f"the length is fixed at {fact.shape[1]}, expected a symbolic one", inputs[0])
+    return inputs[0]
+
+
+def _attention(entry: Entry, nodes: list[fx.Node], tokens: fx.Node) -> Refusal | None:
+    if left := entry.calls(aten.scaled_dot_product_attention.default):
+        return Refusal("an attention was not raised to the dialect", left[0])
+    if not nodes:
+        return Refusal("there is no attention")
+    batch, length = value(tokens).shape
+    for node in nodes:
+        q, k, v, mask, past, _, causal, _ = node.args
+        if mask is not None or past is not None:
+            return Refusal("an attention has a mask of content or a cache", node)
+        if not causal:
+            return Refusal("an attention is not causal", node)
+        for operand in (q, k, v):
+            fact: Any = value(operand)  # type: ignore[arg-type]
+            if not _same(fact.shape[0], batch) or not _same(fact.shape[2], length):
+                return Refusal(f"an attention works on {list(fact.shape)}, expected batch {batch} and length {length}", node)
+            if not all(isinstance(n, int) for n in (fact.shape[1], fact.shape[3])):
+                return Refusal("an attention has a symbolic number of heads or features", node)
+    return None
+
+
+def _outputs(entry: Entry, tokens: fx.Node) -> Refusal | None:
+    """One float result [batch, length, vocabulary] at least."""
+    batch, length = value(tokens).shape
+    for node in entry.results():
+        fact = value(node)
+        if fact.ndim == 3 and fact.is_floating_point() and _same(fact.shape[0], batch) and _same(fact.shape[1], length):
+            return None
+    return Refusal(f"no result is a float [{batch}, {length}, vocabulary]")
+
+
+def _same(a: Any, b: Any) -> bool:
+    return statically_known_true(a == b)
+
+
+def _reaches_result(node: fx.Node) -> bool:
+    """Sizes are bookkeeping; tensors count."""
+    return isinstance(value(node), Tensor | tuple | list)
+
+
+def _unplaced(node: fx.Node, positions: Positions, symbol: sympy.Symbol) -> Refusal | None:
+    """A value with a token axis that comes from sizes but from no position: a table read some other way."""
+    fact = value(node)
+    sources = [n for n in node.all_input_nodes if isinstance(value(n), Tensor)]
+    fresh = not any(has(n, symbol) for source in sources for n in value(source).shape)
+    if node in positions.free and isinstance(fact, Tensor) and any(has(n, symbol) for n in fact.shape) and fresh:
+        return Refusal("a value depends on the number of tokens but is no position", node)
+    return None
+
+
+def _limit(frontier: dict[fx.Node, int], rows: dict[fx.Node, int]) -> int | None:
+    """Positions that the tables hold."""
+    limits = [value(n.args[0]).shape[int(n.args[1])] - start for n, start in rows.items()]  # type: ignore[arg-type]
+    for node, offset in frontier.items():
+        limits += [value(u.args[0]).shape[0] - offset for u in node.users if u.target is aten.embedding.default]  # type: ignore[arg-type]
+    return min((int(n) for n in limits), default=None)
+
+
+def chunked_error(program: Program, tokens: Tensor, chunks: tuple[int, ...]) -> float:
+    """Largest relative error of decoding `tokens` in chunks, after a prefill of the first, against one prefill of all."""
+    name = binding(program.entry("prefill").placeholders("input")[0]).key
+    empty = {
+        key: torch.zeros([tokens.shape[0], *map(int, slot.shape[1:])], dtype=slot.dtype)
+        for key, slot in program.state.items()
+    }
+    outputs = [o.name for o in program.entry("prefill").outputs if o.kind == "output"]
+    whole = program.run("prefill", {name: tokens}, empty)
+    parts, state, past = [], empty, 0
+    for i, size in enumerate(chunks):
+        given = {name: tokens[:, past : past + size]} | ({"past": torch.tensor(past)} if i else {})
+        found = program.run("decode" if i else "prefill", given, state)
+        state = {key: found[key] for key in program.state}
+        parts.append(found)
+        past += size
+    joined = {key: torch.cat([part[key] for part in parts], 1) for key in outputs}
+    return max(_error(whole[key][:, :past], joined[key]) for key in outputs)
+
+
+def _error(expected: Tensor, found: Tensor) -> float:
+    return float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-30))

@@ -1,0 +1,118 @@
+"""Which values of a causal graph are token positions, found by evaluating what depends on sizes only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from sylvester.compiler.masks import FACTORIES
+from sylvester.compiler.program import Entry, Program, binding, is_weight, value
+
+LENGTHS = (3, 5, 8)
+OTHER = 2
+"""Every size but the token length, while evaluating."""
+
+
+def has(size: object, symbol: sympy.Symbol) -> bool:
+    """Whether a size depends on a symbol."""
+    return isinstance(size, torch.SymInt) and symbol in size.node.expr.free_symbols
+
+
+def token_axes(fact: object, symbol: sympy.Symbol) -> list[int]:
+    """The axes of a tensor fact whose size depends on the token length."""
+    return [i for i, n in enumerate(fact.shape) if has(n, symbol)] if isinstance(fact, Tensor) else []
+
+
+class Positions:
+    """What the values of an entry are along the token axis, when they do not depend on the content of inputs.
+
+    `offsets` maps a node to c when it is arange(length) + c along its one token axis, whatever the length.
+    `constant` are nodes that are the same for every token and length.
+    """
+
+    def __init__(self, program: Program, entry: Entry, symbol: sympy.Symbol) -> None:
+        self.program = program
+        self.symbol = symbol
+        self.free = size_only(entry)
+        self.offsets: dict[fx.Node, int] = {}
+        self.constant: set[fx.Node] = set()
+        caches: dict[int, dict[fx.Node, Any]] = {length: {} for length in LENGTHS}
+        for node in entry.calls():
+            if node in self.free and len(token_axes(value(node), symbol)) == 1:
+                self._classify(node, [self._evaluate(node, n, caches[n]) for n in LENGTHS])
+
+    def _classify(self, node: fx.Node, found: list[Tensor]) -> None:
+        axis = token_axes(value(node), self.symbol)[0]
+        rows = [t.movedim(axis, 0) for t in found]
+        if all(torch.equal(r, rows[0][:1].expand_as(r)) for r in rows):
+            self.constant.add(node)
+            return
+        if rows[0].is_complex() or rows[0].dtype == torch.bool:
+            return
+        offset = int(rows[0].flatten()[0])
+        wanted = [torch.arange(len(r)).reshape(-1, *[1] * (r.ndim - 1)) + offset for r in rows]
+        if all(bool((r == w).all()) for r, w in zip(rows, wanted, strict=True)):
+            self.offsets[node] = offset
+
+    def _evaluate(self, node: fx.Node, length: int, done: dict[fx.Node, Any]) -> Any:
+        """The value of a size-only node when there are `length` tokens."""
+        if node in done:
+            return done[node]
+        fact = value(node)
+        if not isinstance(fact, Tensor):
+            result: Any = self._number(fact, length)
+        elif is_weight(node):
+            result = self.program.weights[binding(node).key]
+        elif node not in self.free:
+            result = torch.zeros([self._number(n, length) for n in fact.shape], dtype=fact.dtype)
+        else:
+            args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: self._evaluate(n, length, done))
+            with torch.no_grad():
+                result = node.target(*args, **kwargs)  # type: ignore[operator]
+        done[node] = result
+        return result
+
+    def _number(self, size: Any, length: int) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return size
+        expression = size.node.expr
+        return int(expression.subs({s: length if s == self.symbol else OTHER for s in expression.free_symbols}))
+
+    def frontier(self) -> dict[fx.Node, int]:
+        """Positions with their offsets that something other than a position reads."""
+        return {n: c for n, c in self.offsets.items() if any(u not in self.offsets for u in n.users)}
+
+    def table_rows(self) -> dict[fx.Node, int]:
+        """The first rows of a weight, one per token: slices [start, start + length) along one axis, with their start."""
+        aten_slice = torch.ops.aten.slice.Tensor
+        slices = [n for n in self.free if n.target is aten_slice and is_weight(n.args[0]) and n not in self.offsets]
+        found = [n for n in slices if n not in self.constant and token_axes(value(n), self.symbol) == [_argument(n, 1, 0)]]
+        return {n: int(_argument(n, 2, 0) or 0) for n in found if _argument(n, 4, 1) == 1 and _is_start(_argument(n, 2, 0))}
+
+
+def _argument(node: fx.Node, index: int, default: Any) -> Any:
+    return node.args[index] if len(node.args) > index else default
+
+
+def _is_start(argument: Any) -> bool:
+    return argument is None or (isinstance(argument, int) and argument >= 0)
+
+
+def size_only(entry: Entry) -> set[fx.Node]:
+    """Nodes that depend on sizes and weights only."""
+    free: set[fx.Node] = set()
+    for node in entry.graph.nodes:
+        if node.op == "placeholder":
+            known = is_weight(node)
+        else:
+            content = node.all_input_nodes
+            if node.target in FACTORIES:
+                content = [n for n in content if n is not node.args[0]]
+            known = not isinstance(node.meta.get("val"), Tensor) or all(n in free for n in content)
+        if known and node.op != "output":
+            free.add(node)
+    return free

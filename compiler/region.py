@@ -1,0 +1,80 @@
+"""Edits of whole parts of a graph: find what lies between two values, drop it, or bind it to other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from sylvester.compiler.errors import CompileError
+from sylvester.compiler.printing import fact
+from sylvester.compiler.program import Entry, binding, is_weight, value
+from sylvester.compiler.weights import ParameterStore
+
+
+@dataclass(frozen=True)
+class Region:
+    """Calls that belong together. `inputs` come from outside, `outputs` are read outside, each in graph order."""
+
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...]
+
+    @staticmethod
+    def of(nodes: Iterable[fx.Node]) -> Region:
+        """The region of these nodes with its borders."""
+        inside = dict.fromkeys(sorted(nodes))
+        inputs = sorted({n for node in inside for n in node.all_input_nodes if n not in inside})
+        outputs = [node for node in inside if any(user not in inside for user in node.users)]
+        return Region(tuple(inputs), tuple(outputs), tuple(inside))
+
+    @staticmethod
+    def between(start: fx.Node, end: fx.Node) -> Region:
+        """Every call on a way from `start`, left out, to `end`, included."""
+        below = _reach({start}, forward=True)
+        if end not in below or end is start:
+            raise CompileError(f"{end.name} does not depend on {start.name}", at=end)
+        return Region.of((below & _reach({end}, forward=False)) - {start})
+
+    def weights(self) -> tuple[fx.Node, ...]:
+        return tuple(n for n in self.inputs if is_weight(n))
+
+
+def _reach(nodes: set[fx.Node], *, forward: bool) -> set[fx.Node]:
+    """All nodes that depend on `nodes`, or that they depend on, with `nodes` themselves; never the output."""
+    seen, stack = set(nodes), list(nodes)
+    while stack:
+        node = stack.pop()
+        near = {n for n in (node.users if forward else node.all_input_nodes) if n.op != "output"} - seen
+        seen |= near
+        stack += near
+    return seen
+
+
+def bypass(entry: Entry, start: fx.Node, end: fx.Node) -> Region:
+    """Whatever read `end` now reads `start`; returns what was skipped. The next sweep erases what nothing reads."""
+    region = Region.between(start, end)
+    if fact(start) != fact(end):
+        raise CompileError(f"cannot skip from {fact(start)} to {fact(end)}: shape and type must be equal", at=end)
+    entry.replace(end, start)
+    return region
+
+
+def rebind(entry: Entry, store: ParameterStore, keys: Mapping[fx.Node, str], within: Iterable[fx.Node]) -> None:
+    """Nodes of `within` read the weight `keys[placeholder]` instead of each placeholder: two blocks share one weight."""
+    replacements = {old: _bound(entry, store, old, key) for old, key in keys.items()}
+    for node in within:
+        for old, new in replacements.items():
+            node.replace_input_with(old, new)
+
+
+def _bound(entry: Entry, store: ParameterStore, old: fx.Node, key: str) -> fx.Node:
+    if not is_weight(old):
+        raise CompileError("only weights can be rebound", at=old)
+    tensor: torch.Tensor = store[key]
+    if tensor.shape != value(old).shape or tensor.dtype != value(old).dtype:
+        found = f"{tensor.dtype}{list(tensor.shape)}"
+        raise CompileError(f"cannot bind {binding(old).key!r} ({fact(old)}) to {key!r} ({found})", at=old)
+    return entry.bind("weight", store.resolve(key), tensor)
