@@ -19,7 +19,7 @@ from sylvester.backends.memory import aligned, aligned_empty, aligned_zeros
 from sylvester.backends.tensor_file import map_tensors
 from sylvester.compiler import binding, knobs
 from sylvester.compiler.errors import ArtefactError, CompileError, InputError
-from sylvester.compiler.manifest import WEIGHTS, EntrySpec, Manifest
+from sylvester.compiler.manifest import WEIGHTS, EntrySpec, Manifest, TensorSpec
 from sylvester.compiler.runner import State, entry_of
 
 Array = NDArray[np.generic]
@@ -164,14 +164,23 @@ def _wanted_threads(manifest: Manifest) -> int:
 
 def _error(code: int, value: int, spec: EntrySpec, arrays: Sequence[Array]) -> CompileError:
     if code == OUT_OF_RANGE:
-        holders = [
-            s.name for s, a in zip(spec.inputs, arrays, strict=True) if a.dtype.kind in "iu" and (a == value).any()
-        ]
-        place = f" in input {holders[0]!r}" if holders else ""
-        return InputError(f"index {value}{place} is out of range", hint="token ids must be smaller than the vocabulary")
+        return _out_of_range(value, [s for s, a in zip(spec.inputs, arrays, strict=True) if _holds(a, value)], spec)
     if code == NO_MEMORY:
         return CompileError("out of memory for the scratch space of the threads", hint="use a smaller batch or length")
     return CompileError(f"the compiled code failed with code {code} and value {value}")
+
+
+def _holds(array: Array, value: int) -> bool:
+    return array.dtype.kind in "iu" and bool((array == value).any())
+
+
+def _out_of_range(value: int, holders: Sequence[TensorSpec], spec: EntrySpec) -> InputError:
+    if any(binding.is_position(holder, spec) for holder in holders):
+        return InputError(
+            f"no room in the state for this call at position {value}", hint="make a longer maximum length"
+        )
+    place = f" in input {holders[0].name!r}" if holders else ""
+    return InputError(f"index {value}{place} is out of range", hint="token ids must be smaller than the vocabulary")
 
 
 def _load_weights(folder: Path, manifest: Manifest) -> dict[str, Array]:

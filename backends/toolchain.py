@@ -12,17 +12,13 @@ from pathlib import Path
 
 from sylvester.codegen.isa import Isa
 from sylvester.compiler import knobs
-from sylvester.compiler.errors import CompileError
+from sylvester.compiler.errors import CompileError, ToolchainMissing
 
 GLIBC = "2.17"
 """Oldest glibc a library built with zig runs on."""
 _SHOWN_LINES = 20
 _FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-pthread")
 _MATH = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
-
-
-class ToolchainMissing(CompileError):
-    """No C compiler was found on this machine."""
 
 
 class BuildFailed(CompileError):

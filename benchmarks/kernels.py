@@ -18,7 +18,7 @@ from sylvester.codegen.isa import ISAS, Isa
 from sylvester.codegen.linear import pack
 from tests import test_kernels_attention as attention
 from tests import test_kernels_gemm as gemm
-from tests.kernel_harness import export, load, run, strides, supported, team
+from tests.kernel_harness import bind, export, load, strides, supported, team
 
 ROUNDS = 12
 LINEAR = [(1, 192, 192), (1, 768, 768), (1, 2048, 2048), (1, 32000, 768), (4, 768, 3072), (8, 2048, 2048)]
@@ -60,7 +60,7 @@ def linear(isa: Isa, threads: int) -> Iterator[Case]:
             packed, tensors = pack(weight), [torch.from_numpy(a) for a in (x, weight, bias)]
             yield Case(
                 f"linear m {m} n {n} k {k}",
-                lambda y=y, x=x, w=packed, b=bias, s=(m, n, k, k, n): run(lib, made, "plain", list(s), [y, x, w, b]),
+                bind(lib, made, "plain", [m, n, k, k, n], [y, x, packed, bias]),
                 lambda t=tensors: torch.nn.functional.linear(*t),
                 2.0 * m * n * k,
                 4.0 * (m * k + n * k + m * n),
@@ -77,7 +77,7 @@ def matmul(isa: Isa, threads: int) -> Iterator[Case]:
             sizes = [batch, m, n, k, *strides(a, 3), *strides(b, 3)]
             yield Case(
                 f"matmul {batch} x {m} {n} {k}{' b^T' if flip else ''}",
-                lambda y=y, a=a, b=b, s=sizes: run(lib, made, "product", s, [y, a, b]),
+                bind(lib, made, "product", sizes, [y, a, b]),
                 lambda t=tensors: torch.bmm(*t),
                 2.0 * batch * m * n * k,
                 4.0 * batch * (m * k + n * k + m * n),
@@ -93,7 +93,7 @@ def sdpa(isa: Isa, threads: int) -> Iterator[Case]:
             block, tensors = np.frombuffer(args, np.uint8), [torch.from_numpy(array) for array in (q, k, v)]
             yield Case(
                 f"attention {batch} x {heads}/{kv_heads} q {rows} k {keys}{' causal' if causal else ''}",
-                lambda b=block: run(lib, made, "att_64_64_none", [], [b]),
+                bind(lib, made, "att_64_64_none", [], [block]),
                 lambda t=tensors, c=bool(causal), g=heads != kv_heads: (
                     torch.nn.functional.scaled_dot_product_attention(*t, is_causal=c, enable_gqa=g)
                 ),
@@ -119,7 +119,7 @@ def conv2d(isa: Isa, threads: int) -> Iterator[Case]:
             arrays = [y.copy(), x, weight, bias]
             yield Case(
                 f"conv2d {conv.channels}->{conv.out_channels} k {conv.kernel[0]} s {conv.stride[0]} at {side}",
-                lambda n=name, a=arrays, s=(side, y.shape[-1]): run(lib, made, n, list(s), a),
+                bind(lib, made, name, [side, y.shape[-1]], arrays),
                 lambda t=tensors, w=where: torch.nn.functional.conv2d(*t, *w),
                 2.0 * y.size * weight[0].size,
                 4.0 * (x.size + weight.size + y.size),

@@ -7,15 +7,32 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sylvester.codegen import aten_pointwise, aten_reductions, aten_views, convolution, families
-from sylvester.codegen.index import Size, atom
+from sylvester.codegen import (
+    aten_activations,
+    aten_factories,
+    aten_indexing,
+    aten_norms,
+    aten_pointwise,
+    aten_reductions,
+    aten_views,
+    convolution,
+    dialect,
+    families,
+    pooling,
+)
+from sylvester.codegen.index import Size, Var, atom, flatten, product
 from sylvester.codegen.lazy import Buffer, Plan, Store
 from sylvester.codegen.lowering import Lowering, require_lowerings
 from sylvester.codegen.plan import Unit
+from sylvester.codegen.scalar import Load
 from sylvester.codegen.shapes import size
 from sylvester.compiler.program import Entry, Program, value
 
-REGISTERED = (aten_pointwise, aten_views, aten_reductions, families, convolution)
+REGISTERED = (
+    aten_activations, aten_factories, aten_indexing, aten_norms, aten_pointwise, aten_reductions, aten_views,
+    convolution, dialect, families, pooling,
+)  # fmt: skip
+"""Every module whose import registers lowerings."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +78,12 @@ def _in_place(plan: Plan, output: Buffer) -> Buffer:
 
 
 def _copied(plan: Plan, copy: Store) -> Buffer | None:
-    from sylvester.codegen.index import Var, flatten
-
     indices = [atom(Var(f"q{d}", n)) for d, n in enumerate(copy.shape)]
     element = copy.make(indices)
-    source = plan.buffers.get(getattr(element, "buffer", ""))
-    whole = source is not None and source.kind == "arena" and getattr(element, "offset", None) == flatten(indices, copy.shape)
-    return source if whole else None
+    if not isinstance(element, Load) or element.offset != flatten(indices, copy.shape):
+        return None
+    source = plan.buffers[element.buffer]
+    return source if source.kind == "arena" and product(source.shape) == product(copy.shape) else None
 
 
 def _hints(entry: Entry) -> dict[Size, int]:

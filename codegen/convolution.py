@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from sylvester.codegen.aten_reductions import pair
+from sylvester.codegen.aten_indexing import constant_pad
 from sylvester.codegen.conv2d import Conv2d, conv2d
 from sylvester.codegen.index import index, product
 from sylvester.codegen.lazy import Extern, Lazy, Pointer, of_buffer
 from sylvester.codegen.lowering import Fact, Lowering, lowers
+from sylvester.codegen.shapes import per_axis
 from sylvester.compiler.errors import Unsupported
 
 aten = torch.ops.aten
@@ -27,7 +28,10 @@ def convolution_2d(
     if None in shape:
         raise Unsupported(f"convolution weight of shape {shape} has a size that is not a number")
     out_channels, per_group, *kernel = (int(n or 0) for n in shape)
-    conv = Conv2d(per_group * groups, out_channels, pair(kernel), pair(stride), pair(padding), pair(dilation), groups)
+    if len(x.shape) != len(weight.shape):
+        raise Unsupported(f"a convolution over {len(x.shape)} axes has no lowering", hint="add a batch axis")
+    geometry = (_pair(n) for n in (kernel, stride, padding, dilation))
+    conv = Conv2d(per_group * groups, out_channels, *geometry, groups)
     return _call(lowering, fact, conv, x, weight, bias)
 
 
@@ -40,13 +44,31 @@ def convolution_1d(
     flat = Lazy((*x.shape[:2], index(1), x.shape[2]), x.dtype, lambda i: x.load([i[0], i[1], i[3]]))
     filters = Lazy((*weight.shape[:2], index(1), weight.shape[2]), weight.dtype, lambda i: weight.load([i[0], i[1], i[3]]))
     wide = Fact((*fact.shape[:2], index(1), fact.shape[2]), fact.dtype)
-    one = [_single(n) for n in (stride, padding, dilation)]
-    y: Lazy = convolution_2d(lowering, wide, flat, filters, bias, [1, one[0]], [0, one[1]], [1, one[2]], groups)
+    (s,), (p,), (d,) = (per_axis(n, 1) for n in (stride, padding, dilation))
+    y = convolution_2d(lowering, wide, flat, filters, bias, [1, s], [0, p], [1, d], groups)
     return Lazy(fact.shape, fact.dtype, lambda i: y.load([i[0], i[1], index(0), i[2]]))
 
 
-def _single(value: Geometry) -> int:
-    return value if isinstance(value, int) else int(value[0])
+@lowers(aten.conv2d.padding, aten.conv1d.padding)
+def convolution_named_padding(
+    lowering: Lowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy | None = None, stride: Geometry = 1, padding: str = "valid",
+    dilation: Geometry = 1, groups: int = 1,
+) -> Lazy:  # fmt: skip
+    """"same" pads so that a stride of 1 keeps the size; an odd amount has its larger half at the end."""
+    spatial = len(weight.shape) - 2
+    convolution = convolution_2d if spatial == 2 else convolution_1d
+    if padding == "same":
+        reach = [int(n.constant or 1) - 1 for n in weight.shape[2:]]
+        totals = [n * d for n, d in zip(reach, per_axis(dilation, spatial), strict=True)]
+        amounts = [n for total in reversed(totals) for n in (total // 2, total - total // 2)]
+        shape = (*x.shape[:2], *(n + total for n, total in zip(x.shape[2:], totals, strict=True)))
+        x = constant_pad(lowering, Fact(shape, x.dtype), x, amounts)
+    return convolution(lowering, fact, x, weight, bias, stride, 0, dilation, groups)
+
+
+def _pair(value: Geometry) -> tuple[int, int]:
+    height, width = per_axis(value, 2)
+    return height, width
 
 
 def _call(lowering: Lowering, fact: Fact, conv: Conv2d, x: Lazy, weight: Lazy, bias: Lazy | None) -> Lazy:

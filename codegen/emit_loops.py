@@ -16,6 +16,10 @@ COMBINE = {
     "sum": "{0} += {1};", "prod": "{0} *= {1};", "any": "{0} |= ({1} != 0);", "all": "{0} &= ({1} != 0);",
     "max": "{0} = {1} > {0} ? {1} : {0};", "min": "{0} = {1} < {0} ? {1} : {0};",
 }  # fmt: skip
+LIMITS = {
+    "i64": ("INT64_MIN", "INT64_MAX"), "i32": ("INT32_MIN", "INT32_MAX"), "i8": ("INT8_MIN", "INT8_MAX"),
+    "u8": ("0", "UINT8_MAX"), "b8": ("0", "1"),
+}  # fmt: skip
 CLAUSE = {"sum": "+", "prod": "*", "any": "|", "all": "&", "max": "max", "min": "min"}
 
 
@@ -226,7 +230,8 @@ def _extreme(kind: str, dtype: str) -> str:
     """The value that every other beats."""
     if dtype in FLOATS:
         return "-INFINITY" if kind == "max" else "INFINITY"
-    return "INT64_MIN" if kind == "max" else "INT64_MAX"
+    lowest, highest = LIMITS[dtype]
+    return lowest if kind == "max" else highest
 
 
 def _split_axes(member: Member, rows: list[Index], inner: Shape) -> list[list[Index]]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import torch
 
 from sylvester.codegen import attention as attention_family
 from sylvester.codegen import linear as linear_family
 from sylvester.codegen import matmul as matmul_family
-from sylvester.codegen.aten_pointwise import call, pointwise, scaled
+from sylvester.codegen.elementwise import call, pointwise, scaled
 from sylvester.codegen.index import Index, index, product
 from sylvester.codegen.lazy import Buffer, Extern, Lazy, Pointer, Shape, Strided, as_strided, of_buffer
 from sylvester.codegen.lowering import Fact, Lowering, lowers
 from sylvester.codegen.prelude import render
-
 from sylvester.compiler.errors import Unsupported
 
 aten, dialect = torch.ops.aten, torch.ops.sylvester
@@ -23,13 +23,12 @@ LINEAR, MATMUL = "sv_linear", "sv_matmul"
 @lowers(aten.linear.default)
 def linear(lowering: Lowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy | None = None) -> Lazy:
     """y = x w^T + b over weights packed once; a weight that is computed at run time goes through the batched matmul."""
-    stored = lowering.whole(weight) or _packed(lowering, weight)
+    stored = _packed(lowering, weight)
     n, k = weight.shape
-    if stored is None or stored.kind != "weight":
+    if stored is None:
         turned = Lazy((k, n), weight.dtype, lambda i: weight.load([i[1], i[0]]))
         y = matmul(lowering, fact, x, turned)
         return y if bias is None else pointwise(fact, lambda a, b: call("add", a, b), y, bias)
-    lowering.plan.pack(stored.name)
     y = lowering.buffer("arena", fact.shape, fact.dtype)
     rows, stride = _rows(lowering, x)
     m = product(fact.shape[:-1])
@@ -122,7 +121,7 @@ def _batched(lowering: Lowering, x: Lazy, batch: Shape) -> tuple[Strided, Index]
     raise AssertionError("a contiguous buffer is always a view with collapsible batch axes")
 
 
-@lowers(aten.baddbmm.default)
+@lowers(aten.baddbmm.default, aten.addmm.default)
 def baddbmm(lowering: Lowering, fact: Fact, shift: Lazy, a: Lazy, b: Lazy, *, beta: float = 1, alpha: float = 1) -> Lazy:
     y = matmul(lowering, fact, a, b)
     return pointwise(fact, lambda s, p: call("add", scaled(s, float(beta)), scaled(p, float(alpha))), shift, y)
@@ -170,11 +169,13 @@ def scaled_dot_product_attention(
 ) -> Lazy:  # fmt: skip
     """Attention that no pass has raised, over q [..., queries, d] with any number of leading axes."""
     width = q.shape[-1].constant
-    if width is None or dropout:
-        raise Unsupported(f"attention with head size {width} and dropout {dropout} has no lowering")
+    if width is None or dropout or len(fact.shape) > 4:
+        raise Unsupported(f"attention over {len(fact.shape)} axes, head size {width}, dropout {dropout} has no lowering")
     four = [x if len(x.shape) == 4 else _as_four(x) for x in (q, k, v)]
     wide = Fact(_four(fact.shape), fact.dtype)
-    y: Lazy = attention(lowering, wide, *four, mask, None, scale or width**-0.5, causal, 0)
+    if mask is not None and len(fact.shape) < 4 and len(mask.shape) > 2:
+        mask = _as_four(mask)
+    y = attention(lowering, wide, *four, mask, None, width**-0.5 if scale is None else scale, causal, 0)
     if len(fact.shape) == 4:
         return y
     return Lazy(fact.shape, fact.dtype, lambda i: y.load(_pad_indices(i)))

@@ -142,7 +142,8 @@ def _without(monomial: Monomial, a: Atom) -> Monomial:
 
 
 def _key(a: Atom) -> str:
-    return f"{type(a).__name__}{a}"
+    """What atoms are sorted by; variables of one expression have different names."""
+    return a.name if isinstance(a, (Size, Var)) else str(a)
 
 
 def _sorted(monomial: Monomial) -> Monomial:
@@ -219,6 +220,8 @@ def within(value: Index, limit: Index) -> bool:
 
 def nonnegative(value: Index) -> bool:
     """Whether value >= 0 can be proved, knowing only that sizes are at least 1."""
+    if any(isinstance(a, Quotient) and not nonnegative(a.top) for m, _ in value.terms for a in m):
+        return False
     shifted = value.substitute({a: atom(a) + 1 for a in value.atoms if isinstance(a, Size)})
     return all(c >= 0 for _, c in shifted.terms)
 
@@ -241,14 +244,15 @@ def unflatten(offset: Index, shape: Sequence[Index]) -> list[Index]:
 
 
 def c_text(value: Index, name: Callable[[Atom], str]) -> str:
-    """The expression in C; `name` renders sizes, variables and integers read from memory."""
+    """The expression in C, whose division truncates; `name` renders sizes, variables and integers read from memory."""
 
     def factor(a: Atom) -> str:
-        if isinstance(a, Quotient):
-            return f"(({c_text(a.top, name)}) / ({c_text(a.bottom, name)}))"
-        if isinstance(a, Remainder):
-            return f"(({c_text(a.top, name)}) % ({c_text(a.bottom, name)}))"
-        return name(a)
+        if not isinstance(a, (Quotient, Remainder)):
+            return name(a)
+        top, bottom = c_text(a.top, name), c_text(a.bottom, name)
+        if nonnegative(a.top):
+            return f"(({top}) {'/' if isinstance(a, Quotient) else '%'} ({bottom}))"
+        return f"{'sv_floor_div' if isinstance(a, Quotient) else 'sv_floor_mod'}({top}, {bottom})"
 
     def term(monomial: Monomial, coefficient: int) -> str:
         factors = [factor(a) for a in monomial]

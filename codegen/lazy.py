@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from sylvester.codegen.index import Index, Size, Var, atom, flatten, index, product
@@ -55,6 +55,11 @@ class Lazy:
         """Fresh index variables and the element there."""
         indices = [atom(Var(f"q{d}", n)) for d, n in enumerate(self.shape)]
         return indices, self.load(indices)
+
+    @property
+    def operations(self) -> int:
+        """Scalar operations per element."""
+        return self.probe()[1].operations
 
 
 def of_buffer(buffer: Buffer) -> Lazy:
@@ -147,8 +152,3 @@ class Plan:
 
     def of_kind(self, kind: BufferKind) -> list[Buffer]:
         return [b for b in self.buffers.values() if b.kind == kind]
-
-    def pack(self, name: str) -> None:
-        self.buffers[name] = replace(self.buffers[name], packed=True)
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -17,7 +17,7 @@ from sylvester.codegen.scalar import Constant, Expr, IndexValue, Load
 from sylvester.codegen.shapes import dtype_of, shape_of, size
 from sylvester.compiler.errors import Unsupported
 from sylvester.compiler.printing import op_name
-from sylvester.compiler.program import Entry, Program, binding, value
+from sylvester.compiler.program import Entry, Program, binding, is_weight, value
 
 CHEAP_OPERATIONS = 2
 MAX_OPERATIONS = 80
@@ -32,13 +32,14 @@ class Fact:
 
 
 Lower = Callable[..., Any]
+Lowerer = TypeVar("Lowerer", bound=Lower)
 LOWERINGS: dict[Any, Lower] = {}
 
 
-def lowers(*targets: Any) -> Callable[[Lower], Lower]:
+def lowers(*targets: Any) -> Callable[[Lowerer], Lowerer]:
     """Register `f(lowering, fact, *args, **kwargs)` for ops; tensors arrive as Lazy, symbolic sizes as Index."""
 
-    def register(function: Lower) -> Lower:
+    def register(function: Lowerer) -> Lowerer:
         LOWERINGS.update(dict.fromkeys(targets, function))
         return function
 
@@ -67,8 +68,8 @@ class Lowering:
 
     def _placeholder(self, node: fx.Node) -> None:
         bound, fact = binding(node), value(node)
-        buffer = self.buffer(bound.kind, shape_of(fact), dtype_of(fact.dtype), bound.key)
-        self.values[node] = Lazy(buffer.shape, buffer.dtype, lambda i: of_buffer(self.plan.buffers[buffer.name]).load(i))
+        buffer = self.buffer(bound.kind, shape_of(fact), dtype_of(fact.dtype), bound.key, packed=_is_packed(node))
+        self.values[node] = of_buffer(buffer)
 
     def _call(self, node: fx.Node) -> Any:
         args = map_aggregate(node.args, self._argument)
@@ -89,7 +90,7 @@ class Lowering:
     def _worth_storing(self, node: fx.Node, result: Lazy) -> bool:
         """Shared work is stored unless it is next to nothing; a long expression is stored to keep code small."""
         readers = [u for u in node.users if not isinstance(u.meta.get("val"), (int, torch.SymInt))]
-        operations = result.probe()[1].operations
+        operations = result.operations
         return operations > MAX_OPERATIONS or (len(readers) > 1 and operations > CHEAP_OPERATIONS)
 
     def _outputs(self) -> None:
@@ -100,8 +101,8 @@ class Lowering:
             buffer = self.buffer("output", result.shape, result.dtype, output.name)
             self.plan.steps.append(Store(buffer.name, result.shape, result.dtype, result.load, buffer.offset))
 
-    def buffer(self, kind: BufferKind, shape: Shape, dtype: str, key: str = "") -> Buffer:
-        made = Buffer(f"b{next(self._names)}", shape, dtype, kind, key)
+    def buffer(self, kind: BufferKind, shape: Shape, dtype: str, key: str = "", *, packed: bool = False) -> Buffer:
+        made = Buffer(f"b{next(self._names)}", shape, dtype, kind, key, packed)
         self.plan.buffers[made.name] = made
         return made
 
@@ -162,6 +163,12 @@ def _sizes(entry: Entry) -> tuple[Size, ...]:
     return tuple(sorted(found, key=lambda s: s.name))
 
 
+def _is_packed(node: fx.Node) -> bool:
+    """Whether a placeholder is a weight that some linear layer multiplies by; its other readers read the panels."""
+    linear = torch.ops.aten.linear.default
+    return is_weight(node) and any(user.target is linear and user.args[1] is node for user in node.users)
+
+
 def require_lowerings(entries: Iterable[Entry]) -> None:
     """Refuse at compile time, with every op that has no lowering and where it came from."""
     missing: dict[str, fx.Node] = {}
@@ -172,10 +179,6 @@ def require_lowerings(entries: Iterable[Entry]) -> None:
     if missing:
         first = next(iter(missing.values()))
         raise Unsupported(f"cpu has no lowering for {sorted(missing)}", at=first, hint="rewrite the op, or run with target='reference'")
-
-
-def scalar(operand: Any, dtype: str) -> Constant:
-    return Constant(operand, dtype)
 
 
 def element(operand: Lazy | Index | float | int, indices: Sequence[Index], dtype: str) -> Expr:

@@ -93,8 +93,11 @@ FUNCTIONS: dict[str, str] = {
     "gelu": "sv_gelu({0})", "gelu_tanh": "sv_gelu_tanh({0})", "silu": "sv_silu({0})", "softplus": "sv_softplus({0})",
     "sqrt": "sqrtf({0})", "rsqrt": "(1.0f / sqrtf({0}))", "sin": "sinf({0})", "cos": "cosf({0})", "pow": "powf({0}, {1})",
     "abs": "fabsf({0})", "floor": "floorf({0})", "ceil": "ceilf({0})", "round": "rintf({0})", "trunc": "truncf({0})",
-    "iabs": "llabs({0})", "idiv": "sv_floor_div({0}, {1})", "imod": "sv_floor_mod({0}, {1})", "fmod": "sv_fmod({0}, {1})",
-    "log1p": "log1pf({0})", "expm1": "expm1f({0})", "isnan": "({0} != {0})", "copysign": "copysignf({0}, {1})",
+    "iabs": "llabs({0})", "idiv": "sv_floor_div({0}, {1})", "imod": "sv_floor_mod({0}, {1})", "rem": "({0} % {1})", "ipow": "sv_power({0}, {1})",
+    "fmod": "fmodf({0}, {1})", "remainder": "sv_remainder({0}, {1})",
+    "floor_quotient": "sv_floor_quotient({0}, {1})", "trunc_quotient": "truncf({0} / {1})",
+    "log1p": "log1pf({0})", "expm1": "expm1f({0})", "log2": "log2f({0})", "log10": "log10f({0})", "atan2": "atan2f({0}, {1})",
+    "isnan": "({0} != {0})",
 }  # fmt: skip
 
 

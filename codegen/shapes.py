@@ -35,6 +35,14 @@ def shape_of(tensor: Tensor) -> tuple[Index, ...]:
     return tuple(size(n) for n in tensor.shape)
 
 
+def per_axis(value: Any, rank: int, fallback: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """A geometry argument (one number for all axes, a list, or an empty list for the fallback) as a number per axis."""
+    numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not numbers:
+        return fallback
+    return tuple(int(n) for n in (numbers * rank if len(numbers) == 1 else numbers))
+
+
 def from_sympy(expression: Any) -> Index:
     if isinstance(expression, sympy.Integer):
         return index(int(expression))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensor
 
-from sylvester.compiler.program import Entry, value
+from sylvester.compiler.program import ORIGIN, Entry, fake_empty, value
 
 PLACEMENT = ("layout", "device", "pin_memory")
 ABSENT = object()
@@ -18,11 +19,12 @@ ABSENT = object()
 
 @dataclass(frozen=True)
 class Call:
-    """A term: `args` may hold nodes, literals and further calls."""
+    """A term: `args` may hold nodes, literals and further calls. A given `fact` saves running the op for it."""
 
     target: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    fact: Tensor | None = None
 
 
 Result = fx.Node | Call | int | None
@@ -53,7 +55,7 @@ def parameters(target: Callable[..., Any]) -> tuple[Parameter, ...]:
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """Every argument of an op call by name, defaults filled in."""
-    declared = parameters(node.target)  # type: ignore[arg-type]
+    declared = parameters(node.target)
     given = {p.name: p.default for p in declared if p.default is not ABSENT}
     return {**given, **{p.name: a for p, a in zip(declared, node.args, strict=False)}, **node.kwargs}
 
@@ -88,7 +90,13 @@ def emit(entry: Entry, term: Any, before: fx.Node, made_by: str) -> Any:
     if isinstance(term, Call):
         args = emit(entry, term.args, before, made_by)
         kwargs = {k: emit(entry, v, before, made_by) for k, v in term.kwargs.items()}
-        return entry.emit(term.target, *args, before=before, made_by=made_by, **kwargs)
+        if term.fact is None:
+            return entry.emit(term.target, *args, before=before, made_by=made_by, **kwargs)
+        with entry.graph.inserting_before(before):
+            node = entry.graph.call_function(term.target, args, kwargs)
+        made = {"made_by": (*before.meta.get("made_by", ()), made_by), "val": term.fact}
+        node.meta = {k: before.meta[k] for k in ORIGIN if k in before.meta} | made
+        return node
     if isinstance(term, (list, tuple)):
         return type(term)(emit(entry, t, before, made_by) for t in term) if _has_call(term) else term
     return term
@@ -106,6 +114,11 @@ def retarget(entry: Entry, node: fx.Node, call: Call, made_by: str) -> None:
     node.target, node.args, node.kwargs = call.target, args, dict(call.kwargs)
     if made_by not in node.meta.get("made_by", ()):
         node.meta["made_by"] = (*node.meta.get("made_by", ()), made_by)
+
+
+def known(size: int | torch.SymInt) -> int | torch.SymInt:
+    """A size as a number where it is one."""
+    return int(size.node.expr) if isinstance(size, torch.SymInt) and size.node.expr.is_number else size
 
 
 def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
@@ -135,3 +148,10 @@ def size_of(node: fx.Node, dim: int) -> int | Call:
     """A size as an argument: a number, or the call that reads it."""
     size = value(node).shape[dim]
     return Call(torch.ops.aten.sym_size.int, (node, dim)) if isinstance(size, torch.SymInt) else size
+
+
+def resized(fact: Tensor, sizes: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    """The fact with other sizes or another type; itself when they are the same."""
+    if fact.dtype == dtype and same_sizes(tuple(fact.shape), tuple(sizes)):
+        return fact
+    return fake_empty(cast(FakeTensor, fact).fake_mode, sizes, dtype)

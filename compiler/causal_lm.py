@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -15,7 +15,7 @@ from sylvester.compiler import ops
 from sylvester.compiler.changes import Refusal
 from sylvester.compiler.positions import Positions, has
 from sylvester.compiler.program import Entry, Program, binding, value
-from sylvester.compiler.token_axis import mixes
+from sylvester.compiler.token_axis import LOOK_UPS, mixes
 
 aten = torch.ops.aten
 
@@ -24,8 +24,8 @@ aten = torch.ops.aten
 class CausalLM:
     """The parts of a causal LM's `forward`: tokens [batch, length], attention in order, positions with their offsets.
 
-    `positions` and `rows` are what depends on where a token stands: integers arange(length) + offset, and slices of a
-    table by position. `limit` is the number of positions that the tables hold, None without tables.
+    `positions` are arange(length) + offset, `rows` slices [start, start + length) of a weight. `limit` is the number of
+    positions that the tables hold, None without tables.
     """
 
     tokens: fx.Node
@@ -50,22 +50,22 @@ def analyse(program: Program) -> CausalLM | Refusal:
     if refusal:
         return refusal
     positions = Positions(program, entry, symbol)
-    frontier, rows = positions.frontier(), positions.table_rows()
+    rows = positions.table_rows()
     given = positions.offsets.keys() | positions.constant | rows.keys() | set(attention)
     for node in entry.calls():
-        if node in given or node.target is operator.getitem or not _reaches_result(node):
+        if node in given or node.target is operator.getitem or not isinstance(value(node), Tensor | tuple | list):
             continue
         refusal = _unplaced(node, positions, symbol) or mixes(node, symbol)
         if refusal:
             return refusal
-    return CausalLM(tokens, symbol, tuple(attention), frontier, rows, _limit(frontier, rows))
+    return CausalLM(tokens, symbol, tuple(attention), positions.offsets, rows, _limit(positions.offsets, rows))
 
 
 def _tokens(entry: Entry) -> fx.Node | Refusal:
     inputs = entry.placeholders("input")
     if len(inputs) != 1:
         return Refusal(f"there are {len(inputs)} inputs {[binding(n).key for n in inputs]}, expected token ids only")
-    fact: Tensor = value(inputs[0])
+    fact: Any = value(inputs[0])
     if fact.ndim != 2 or fact.dtype != torch.int64:
         return Refusal(f"the input is {fact.dtype}{list(fact.shape)}, expected int64 [batch, length]", inputs[0])
     if not isinstance(fact.shape[1], torch.SymInt) or not isinstance(fact.shape[1].node.expr, sympy.Symbol):
@@ -88,7 +88,8 @@ def _attention(entry: Entry, nodes: list[fx.Node], tokens: fx.Node) -> Refusal |
         for operand in (q, k, v):
             fact: Any = value(operand)  # type: ignore[arg-type]
             if not _same(fact.shape[0], batch) or not _same(fact.shape[2], length):
-                return Refusal(f"an attention works on {list(fact.shape)}, expected batch {batch} and length {length}", node)
+                expected = f"expected batch {batch} and length {length}"
+                return Refusal(f"an attention works on {list(fact.shape)}, {expected}", node)
             if not all(isinstance(n, int) for n in (fact.shape[1], fact.shape[3])):
                 return Refusal("an attention has a symbolic number of heads or features", node)
     return None
@@ -108,11 +109,6 @@ def _same(a: Any, b: Any) -> bool:
     return statically_known_true(a == b)
 
 
-def _reaches_result(node: fx.Node) -> bool:
-    """Sizes are bookkeeping; tensors count."""
-    return isinstance(value(node), Tensor | tuple | list)
-
-
 def _unplaced(node: fx.Node, positions: Positions, symbol: sympy.Symbol) -> Refusal | None:
     """A value with a token axis that comes from sizes but from no position: a table read some other way."""
     fact = value(node)
@@ -123,19 +119,26 @@ def _unplaced(node: fx.Node, positions: Positions, symbol: sympy.Symbol) -> Refu
     return None
 
 
-def _limit(frontier: dict[fx.Node, int], rows: dict[fx.Node, int]) -> int | None:
+def _limit(positions: dict[fx.Node, int], rows: dict[fx.Node, int]) -> int | None:
     """Positions that the tables hold."""
-    limits = [value(n.args[0]).shape[int(n.args[1])] - start for n, start in rows.items()]  # type: ignore[arg-type]
-    for node, offset in frontier.items():
-        limits += [value(u.args[0]).shape[0] - offset for u in node.users if u.target is aten.embedding.default]  # type: ignore[arg-type]
-    return min((int(n) for n in limits), default=None)
+    limits = [_rows(node, node.args[1]) - start for node, start in rows.items()]
+    for node, offset in positions.items():
+        for user in node.users:
+            if user.target in LOOK_UPS:
+                limits.append(_rows(user, user.args[1] if user.target is aten.index_select.default else 0) - offset)
+    return min(limits, default=None)
+
+
+def _rows(node: fx.Node, dim: Any) -> int:
+    """The size of the table that a call reads, along an axis."""
+    return int(value(cast(fx.Node, node.args[0])).shape[dim])
 
 
 def chunked_error(program: Program, tokens: Tensor, chunks: tuple[int, ...]) -> float:
-    """Largest relative error of decoding `tokens` in chunks, after a prefill of the first, against one prefill of all."""
+    """Largest relative error of a prefill of the first chunk and decoding of the others, against one prefill of all."""
     name = binding(program.entry("prefill").placeholders("input")[0]).key
     empty = {
-        key: torch.zeros([tokens.shape[0], *map(int, slot.shape[1:])], dtype=slot.dtype)
+        key: torch.zeros([tokens.shape[0], int(slot.shape[1]), tokens.shape[1], int(slot.shape[3])], dtype=slot.dtype)
         for key, slot in program.state.items()
     }
     outputs = [o.name for o in program.entry("prefill").outputs if o.kind == "output"]

@@ -29,6 +29,8 @@ class Compiled:
     def __init__(self, folder: Path, *, threads: int | None = None) -> None:
         self._folder = folder
         self._runner = artefact.open_runner(folder, threads)
+        self.report = artefact.read_report(folder)
+        """Facts about the compilation, as saved in report.json."""
         self._discard: weakref.finalize[Any, Compiled] | None = None
 
     @staticmethod
@@ -45,11 +47,6 @@ class Compiled:
     @property
     def entries(self) -> tuple[str, ...]:
         return tuple(self.manifest.entries)
-
-    @cached_property
-    def report(self) -> dict[str, Any]:
-        """Facts about the compilation, as saved in report.json."""
-        return artefact.read_report(self._folder)
 
     @property
     def ledger(self) -> str:

@@ -1,10 +1,11 @@
-"""The dataflow of an entry: what depends on input content, the spine that all of it passes, and the segments between."""
+"""The dataflow of an entry: what depends on input content, the spine all of it passes, the segments between."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import networkx as nx
@@ -18,8 +19,8 @@ from sylvester.compiler.program import Entry, binding, is_weight, value
 class Segment:
     """What lies between two neighbouring spine values, `end` included.
 
-    `nodes` also has what only this segment uses, such as keys of another stream. `digest` is equal for segments of equal
-    structure, whatever their weights; then `parameters` and `sides` (values from outside) correspond one to one.
+    `nodes` also has what only this segment uses, such as keys of another stream. Segments of equal structure have equal
+    digests, whatever their weights; then `parameters` and `sides` (values from outside) correspond one to one.
     """
 
     start: fx.Node
@@ -37,11 +38,12 @@ class Dataflow:
         self.entry = entry
         self.order = {node: i for i, node in enumerate(entry.graph.nodes)}
         self.content = _content(entry)
-        self.floats = nx.DiGraph()
+        self.floats: nx.DiGraph[fx.Node] = nx.DiGraph()
         for node in self.content:
             if _is_float(node):
                 self.floats.add_node(node)
-                self.floats.add_edges_from((u, node) for u in node.all_input_nodes if u in self.content and _is_float(u))
+                operands = [u for u in node.all_input_nodes if u in self.content and _is_float(u)]
+                self.floats.add_edges_from((u, node) for u in operands)
         self._segments: dict[tuple[fx.Node, fx.Node], Segment] = {}
 
     def sources(self) -> list[fx.Node]:
@@ -66,7 +68,7 @@ class Dataflow:
     def segments(self, source: fx.Node) -> list[Segment]:
         """The segments along the spine of `source`."""
         chain = self.spine(source)
-        return [self.segment(a, b) for a, b in zip(chain, chain[1:], strict=False)]
+        return [self.segment(a, b) for a, b in pairwise(chain)]
 
     def segment(self, start: fx.Node, end: fx.Node) -> Segment:
         """The segment between two neighbours of a spine."""

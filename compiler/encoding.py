@@ -36,7 +36,7 @@ def operator_name(node: fx.Node) -> str:
     if isinstance(target, OpOverload):
         return f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
     if target in NAMES:
-        return NAMES[target]  # type: ignore[index]
+        return NAMES[target]
     raise Unsupported(f"cannot save a call of {target!r}", at=node, hint="save programs of torch operators only")
 
 

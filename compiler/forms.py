@@ -13,6 +13,12 @@ from torch import Tensor, fx
 aten = torch.ops.aten
 
 VIEWS = {aten.view.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int}
+RESPELLED: dict[Any, Any] = dict.fromkeys(VIEWS, aten.reshape.default) | {
+    aten.transpose.int: aten.permute.default,
+    aten.t.default: aten.permute.default,
+    aten.square.default: aten.pow.Tensor_Scalar,
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+}
 COMMUTATIVE = {
     aten.add.Tensor, aten.mul.Tensor, aten.maximum.default, aten.minimum.default,
     aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.logical_and.default,
@@ -25,26 +31,42 @@ END = sys.maxsize
 Form = tuple[Any, tuple[Any, ...]]
 
 
+def target_of(node: fx.Node) -> Any:
+    """The canonical target: views are reshape, transposes permute, squares pow."""
+    return RESPELLED.get(node.target, node.target)
+
+
 def form(node: fx.Node) -> Form:
-    """Canonical (target, arguments): views are reshape, transposes permute, squares pow; dimensions count from the end."""
+    """Canonical (target, arguments); dimensions count from the end, sizes and layout are None."""
     target, args = node.target, arguments(node)
     if target in VIEWS:
-        return aten.reshape.default, (args[0], None)
-    if target is aten.transpose.int:
-        return aten.permute.default, (args[0], _swapped(node, args[1], args[2]))
-    if target is aten.t.default:
-        return aten.permute.default, (args[0], [-1, -2])
-    if target is aten.slice.Tensor:
-        return target, _bounds(node, args)
-    if target is aten.square.default:
-        return aten.pow.Tensor_Scalar, (args[0], 2)
-    if target is aten.__and__.Tensor:
-        return aten.bitwise_and.Tensor, args
-    return target, args
+        args = (args[0], None)
+    elif target is aten.transpose.int:
+        args = (args[0], _swapped(node, args[1], args[2]))
+    elif target is aten.t.default:
+        args = (args[0], [-1, -2])
+    elif target is aten.square.default:
+        args = (args[0], 2)
+    elif target is aten.slice.Tensor:
+        args = _bounds(node, args)
+    return target_of(node), args
+
+
+class Forms:
+    """Forms of the nodes of a graph, kept as long as a node's arguments stay the same."""
+
+    def __init__(self) -> None:
+        self.known: dict[fx.Node, tuple[object, object, Form]] = {}
+
+    def __getitem__(self, node: fx.Node) -> Form:
+        known = self.known.get(node)
+        if known is None or known[0] is not node.args or known[1] is not node.kwargs:
+            known = self.known[node] = (node.args, node.kwargs, form(node))
+        return known[2]
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
-    """Positional arguments with keywords and defaults filled in, dimensions negative, sizes and layout dropped (None)."""
+    """Positional arguments with keywords and defaults filled in, dimensions negative, sizes and layout None."""
     parameters = _schema(node.target)
     if not parameters:
         return (*node.args, *node.kwargs.values())

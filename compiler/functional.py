@@ -82,7 +82,7 @@ class Copier:
 
     def _region(self, node: fx.Node, module: fx.GraphModule) -> Any:
         """Inline a region that only sets a mode which does not matter here."""
-        name = node.target.name() if callable(getattr(node.target, "name", None)) else str(node.target)
+        name = cast(HigherOrderOperator, node.target).name()
         at = next((i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"), None)
         if name not in ("wrap_with_set_grad_enabled", "wrap_with_autocast") or at is None:
             hint = "compute both sides and choose with torch.where, or move the construct out of the model"
@@ -159,7 +159,7 @@ def _keeps_type(node: fx.Node, overload: OpOverload) -> bool:
     mode = next(value(n).fake_mode for n in node.all_input_nodes if isinstance(value(n), FakeTensor))
     with mode, torch.no_grad():
         result = overload(*map_arg(node.args, value), **map_arg(dict(node.kwargs), value))
-    return result.dtype == kept.dtype and result.ndim == node.meta["val"].ndim
+    return bool(result.dtype == kept.dtype and result.ndim == value(node).ndim)
 
 
 def fill_origins(graph: fx.Graph) -> None:

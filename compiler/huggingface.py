@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -107,7 +108,7 @@ def _silent() -> Iterator[Any]:
         raise CompileError("reading a Hugging Face folder needs transformers", hint=hint) from error
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity(log.CRITICAL)
+    log.set_verbosity(logging.CRITICAL)
     log.disable_progress_bar()
     try:
         yield transformers

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ShapesCollection
+from torch.export import Dim
+from torch.utils import _pytree as pytree
 
 from sylvester.compiler.errors import TraceError
 
@@ -36,7 +37,7 @@ class Inputs:
         return Inputs(tensors, self.positional)
 
 
-def bind(forward: Callable[..., Any], examples: Examples | None) -> Inputs:
+def bind(forward: Callable[..., Any], examples: object) -> Inputs:
     """Name each example by the parameter it is for. Every input must be a strided tensor on the CPU."""
     if examples is None or (isinstance(examples, tuple | Mapping) and not examples):
         raise TraceError("no example inputs", hint="give a tuple (positional) or a dict (keyword) of tensors")
@@ -100,12 +101,16 @@ def free_dimensions(tensor: Tensor) -> tuple[int, ...]:
 
 
 def automatic(model: nn.Module, inputs: Inputs) -> Any:
-    """torch.export's `dynamic_shapes` with every free dimension left for torch to decide."""
-    shapes = ShapesCollection()
-    for tensor in inputs.tensors.values():
-        shapes[tensor] = {d: Dim.AUTO for d in free_dimensions(tensor)}
+    """torch.export's `dynamic_shapes` with every free dimension left for torch to decide.
+
+    None, which fixes every size, when forward takes an input by **kwargs: torch.export has no notation for that.
+    """
     args, kwargs = inputs.call()
-    return shapes.dynamic_shapes(model, args, kwargs)
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    arguments = dict(bound.arguments)
+    if any(bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD for name in arguments):
+        return None
+    return pytree.tree_map(lambda tensor: {d: Dim.AUTO for d in free_dimensions(tensor)}, arguments)
 
 
 def same_batch(inputs: Inputs) -> Callable[..., None]:

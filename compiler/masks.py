@@ -1,4 +1,4 @@
-"""Recognise an attention mask by evaluating it: a mask that depends on sizes only is run and compared with known shapes."""
+"""Recognise an attention mask by evaluating it: one that depends on sizes only is run and compared with bands."""
 
 from __future__ import annotations
 
@@ -35,11 +35,16 @@ class Band:
     window: int
 
 
+ALL = Band(causal=False, window=0)
+
+
 def recognise(program: Program, entry: Entry, mask: fx.Node) -> Band | Refusal:
     """The band a mask node stands for at every size, or why it has to stay an operand.
 
     Evaluated at small sizes and at one beyond the largest number in its sub-graph, so that a window shows.
     """
+    if value(mask).dim() < 2:
+        return Refusal("the mask has no query axis", mask)
     nodes = size_only(mask)
     if isinstance(nodes, Refusal):
         return nodes
@@ -47,21 +52,31 @@ def recognise(program: Program, entry: Entry, mask: fx.Node) -> Band | Refusal:
     if largest > MOST:
         return Refusal(f"the mask must be evaluated at length {largest}, the limit is {MOST}", mask)
     try:
-        seen = {n: _run(program, mask, nodes, n) for n in (*(n for n in SMALL if n < largest), largest)}
+        grids = [_run(program, mask, nodes, *lengths) for lengths in _lengths(mask, largest)]
     except RuntimeError as error:
         return Refusal(f"the mask cannot be evaluated up to length {largest}: {error}", mask)
-    band = _band_of(seen[largest])
+    band = _band_of(grids[0])
     if isinstance(band, Refusal):
         return Refusal(band.reason, mask)
-    for grid in seen.values():
+    broadcast = any(n == 1 for n in value(mask).shape[-2:] if isinstance(n, int))
+    if broadcast and band != ALL:
+        return Refusal("the mask is the same for all queries or all keys", mask)
+    for grid in grids:
         keys = _visible_keys(grid)
         if isinstance(keys, Refusal) or not torch.equal(keys, _grid(band, keys)):
             return Refusal("the mask is no band of positions", mask)
     return band
 
 
+def _lengths(mask: fx.Node, largest: int) -> list[tuple[int, int]]:
+    """(queries, keys) to evaluate at, the largest first; unequal ones when the two axes have sizes of their own."""
+    queries, keys = (_symbols(n) for n in value(mask).shape[-2:])
+    uneven = [] if queries == keys else [(3, 7), (7, 3)]
+    return [(largest, largest), *((n, n) for n in SMALL if n < largest), *uneven]
+
+
 def size_only(node: fx.Node) -> list[fx.Node] | Refusal:
-    """The ancestors of a node in order, down to sizes and weights; a refusal when it depends on the content of an input."""
+    """The ancestors of a node in order, down to sizes and weights; a refusal when the content of an input matters."""
     order: dict[fx.Node, None] = {}
     stack = [(node, False)]
     while stack:
@@ -112,9 +127,10 @@ def _upper_bound(entry: Entry, symbol: sympy.Symbol) -> int:
     return int(bound) if bound.is_finite and bound < NO_BOUND else NO_BOUND
 
 
-def _run(program: Program, mask: fx.Node, nodes: list[fx.Node], length: int) -> Tensor:
-    """The mask with its query and key axes `length` long and every other size 2."""
-    sizes = {s: length for n in value(mask).shape[-2:] for s in _symbols(n)}
+def _run(program: Program, mask: fx.Node, nodes: list[fx.Node], queries: int, keys: int) -> Tensor:
+    """The mask with query and key axes of these lengths and every other size 2."""
+    axes = zip(value(mask).shape[-2:], (queries, keys), strict=True)
+    sizes = {s: length for size, length in axes for s in _symbols(size)}
     done: dict[fx.Node, Any] = {}
 
     def read(n: fx.Node) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from sylvester.compiler.changes import Refusal
-from sylvester.compiler.forms import COMMUTATIVE, Form, form
+from sylvester.compiler.forms import COMMUTATIVE, Forms, target_of
 from sylvester.compiler.pattern import Call, Either, Literal, Pattern, Var, telling
 from sylvester.compiler.printing import op_name
 from sylvester.compiler.program import value
@@ -38,16 +38,20 @@ class Match:
 
 @dataclass
 class Near:
-    """The attempt that got furthest: how many telling calls matched, and what stopped it."""
+    """The attempt that got furthest: how many telling calls matched, and what was expected where it stopped."""
 
-    matched: int = 0
-    refusal: Refusal | None = None
+    matched: int = -1
+    expected: object = ""
+    found: object = None
 
-    def stop(self, state: State, reason: str, at: object) -> None:
-        matched = sum(map(telling, state.calls))
-        if matched > self.matched or self.refusal is None:
-            self.matched = matched
-            self.refusal = Refusal(reason, at if isinstance(at, fx.Node) else None)
+    def stop(self, state: State, expected: object, found: object) -> None:
+        if state.telling > self.matched:
+            self.matched, self.expected, self.found = state.telling, expected, found
+
+    def refusal(self) -> Refusal:
+        wanted = self.expected if isinstance(self.expected, str) else f"expected {op_name(self.expected)}"
+        at = self.found if isinstance(self.found, fx.Node) else None
+        return Refusal(f"{wanted}, found {_kind(self.found)}", at)
 
 
 @dataclass(frozen=True)
@@ -56,33 +60,40 @@ class State:
 
     bound: dict[str, Any] = field(default_factory=dict)
     calls: dict[Call, fx.Node] = field(default_factory=dict)
+    telling: int = 0
 
     def bind(self, name: str, x: Any) -> State:
-        return State({**self.bound, name: x}, self.calls)
+        return State({**self.bound, name: x}, self.calls, self.telling)
 
     def enter(self, call: Call, node: fx.Node) -> State:
-        return State(self.bound, {**self.calls, call: node})
+        return State(self.bound, {**self.calls, call: node}, self.telling + telling(call))
 
 
 class Matcher:
-    """Matches one pattern; `transparent` targets are looked through wherever another op or a tensor is expected."""
+    """Matches one pattern; `transparent` targets are looked through wherever another op or a tensor is expected.
 
-    def __init__(self, pattern: Pattern, transparent: tuple[Any, ...] = ()) -> None:
+    Inner values must not be used outside the pattern unless they are `free`.
+    """
+
+    def __init__(self, pattern: Pattern, transparent: tuple[Any, ...] = (), free: bool = False) -> None:
         self.pattern = pattern
         self.transparent = transparent
+        self.free = free
         self.near = Near()
-        self.forms: dict[fx.Node, Form] = {}
+        self.forms = Forms()
 
     def match(self, node: fx.Node) -> Match | Refusal | None:
         """The first match at `node`; a refusal for a near miss; None when the node is something else."""
-        self.near, self.forms = Near(), {}
+        self.near = Near()
+        outside = None
         for state in self._term(self.pattern.root, node, State()):
-            if outside := _used_outside(node, state):
-                self.near.stop(state, "an inner value is also used outside the pattern", outside)
-                continue
-            bound = {name: state.bound.get(name) for name in self.pattern.names}
-            return Match(node, bound, frozenset(state.calls.values()))
-        return self.near.refusal if 2 * self.near.matched > self.pattern.size else None
+            outside = None if self.free else _used_outside(node, state)
+            if outside is None:
+                bound = {name: state.bound.get(name) for name in self.pattern.names}
+                return Match(node, bound, frozenset(state.calls.values()))
+        if outside is not None:
+            return Refusal("an inner value is also used outside the pattern", outside)
+        return self.near.refusal() if 2 * self.near.matched > self.pattern.size else None
 
     def _term(self, term: Any, x: Any, state: State) -> Iterator[State]:
         if isinstance(term, Either):
@@ -96,10 +107,10 @@ class Matcher:
             yield from self._sequence(term, x, state)
         elif isinstance(term, Literal):
             yield from self._literal(term, x, state)
-        elif term is x or _same_constant(term, x) or (self.transparent and isinstance(term, torch.dtype | None)):
+        elif term is x or _same_constant(term, x) or (self.transparent and _are_dtypes(term, x)):
             yield state
         else:
-            self.near.stop(state, f"expected the constant {term}, found {_kind(x)}", x)
+            self.near.stop(state, f"expected the constant {term}", x)
 
     def _call(self, term: Call, x: Any, state: State) -> Iterator[State]:
         if not isinstance(x, fx.Node):
@@ -108,12 +119,12 @@ class Matcher:
             if state.calls[term] is x:
                 yield state
             return
-        if x.op == "call_function" and self._form(x)[0] is term.target:
-            yield from self._operands(term, self._form(x)[1], state.enter(term, x))
+        if target_of(x) is term.target:
+            yield from self._operands(term, self.forms[x][1], state.enter(term, x))
         elif x.target in self.transparent:
             yield from self._call(term, x.args[0], state)
         else:
-            self.near.stop(state, f"expected {op_name(term.target)}, found {_kind(x)}", x)
+            self.near.stop(state, term.target, x)
 
     def _operands(self, term: Call, args: tuple[Any, ...], state: State) -> Iterator[State]:
         yield from self._sequence(term.args, args, state)
@@ -122,7 +133,7 @@ class Matcher:
 
     def _sequence(self, terms: tuple[Any, ...], xs: Any, state: State) -> Iterator[State]:
         if not isinstance(xs, (list, tuple)) or len(xs) != len(terms):
-            self.near.stop(state, f"expected {len(terms)} arguments, found {_kind(xs)}", xs)
+            self.near.stop(state, f"expected {len(terms)} arguments", xs)
         elif not terms:
             yield state
         else:
@@ -133,25 +144,20 @@ class Matcher:
         while isinstance(x, fx.Node) and x.target in self.transparent:
             x = x.args[0]
         if not isinstance(x, fx.Node) or not isinstance(x.meta.get("val"), Tensor):
-            self.near.stop(state, f"expected a tensor for {term.name}, found {_kind(x)}", x)
+            self.near.stop(state, f"expected a tensor for {term.name}", x)
         elif state.bound.get(term.name, x) is not x:
-            self.near.stop(state, f"{term.name} stands for two different values", x)
+            self.near.stop(state, f"{term.name} stands for two values", x)
         else:
             yield state.bind(term.name, x)
 
     def _literal(self, term: Literal, x: Any, state: State) -> Iterator[State]:
         kinds = (int, float) if term.kind is float else (term.kind,)
         if type(x) not in kinds:
-            self.near.stop(state, f"expected a literal for {term.name}, found {_kind(x)}", x)
+            self.near.stop(state, f"expected a literal for {term.name}", x)
         elif not _same_constant(state.bound.get(term.name, x), x):
-            self.near.stop(state, f"{term.name} stands for two different values", x)
+            self.near.stop(state, f"{term.name} stands for two values", x)
         else:
             yield state.bind(term.name, x)
-
-    def _form(self, node: fx.Node) -> Form:
-        if node not in self.forms:
-            self.forms[node] = form(node)
-        return self.forms[node]
 
 
 def _same_constant(expected: Any, found: Any) -> bool:
@@ -160,6 +166,12 @@ def _same_constant(expected: Any, found: Any) -> bool:
     if isinstance(expected, float) and isinstance(found, (int, float)):
         return math.isclose(expected, found, rel_tol=CLOSE)
     return bool(expected == found)
+
+
+def _are_dtypes(term: Any, x: Any) -> bool:
+    """Two type arguments, of which one may be left to its default."""
+    kinds = {type(term), type(x)}
+    return torch.dtype in kinds and kinds <= {torch.dtype, type(None)}
 
 
 def _used_outside(root: fx.Node, state: State) -> fx.Node | None:

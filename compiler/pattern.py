@@ -158,7 +158,7 @@ def telling(call: Call) -> int:
 def _require_used(root: Any, before: Callable[..., Tensor], names: set[str]) -> None:
     if missing := names - set(_names(root)):
         where = getattr(before, "__qualname__", before)
-        raise ValueError(f"{where}: {sorted(missing)} cannot be found in the traced pattern; use each parameter as it is")
+        raise ValueError(f"{where}: {sorted(missing)} cannot be found in the traced pattern; use them as they are")
 
 
 def _names(term: Any) -> Iterator[str]:
@@ -176,7 +176,11 @@ def _children(term: Any) -> tuple[Any, ...]:
     return term if isinstance(term, tuple) else ()
 
 
+def pattern_of(rule: Any) -> Pattern:
+    """The pattern of a rule class, traced on first use."""
+    return _pattern_of(rule)
+
+
 @functools.cache
-def pattern_of(rule: type) -> Pattern:
-    """The compiled pattern of a rule class, traced on first use."""
-    return compile_pattern(rule.before, rule.example)  # type: ignore[attr-defined]
+def _pattern_of(rule: Any) -> Pattern:
+    return compile_pattern(rule.before, rule.example)

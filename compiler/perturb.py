@@ -27,8 +27,9 @@ def mixes_rows(
     tried as all true and all false. Symbolic sizes are small.
     """
     for size in (_small_sizes([start, *nodes]), hint):
+        probes = [Probe(program, content, size, mask) for mask in (True, False)]
         try:
-            return any(_other_rows_move(Probe(program, content, size, mask), start, nodes, result) for mask in (True, False))
+            return any(_other_rows_move(probe, start, nodes, result) for probe in probes)
         except (RuntimeError, IndexError, ValueError):
             continue
     return None

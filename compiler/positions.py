@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -42,7 +42,7 @@ class Positions:
         self.constant: set[fx.Node] = set()
         caches: dict[int, dict[fx.Node, Any]] = {length: {} for length in LENGTHS}
         for node in entry.calls():
-            if node in self.free and len(token_axes(value(node), symbol)) == 1:
+            if node in self.free and self.own_axis(node) is not None:
                 self._classify(node, [self._evaluate(node, n, caches[n]) for n in LENGTHS])
 
     def _classify(self, node: fx.Node, found: list[Tensor]) -> None:
@@ -63,12 +63,13 @@ class Positions:
         if node in done:
             return done[node]
         fact = value(node)
-        if not isinstance(fact, Tensor):
+        if not isinstance(fact, Tensor | tuple | list):
             result: Any = self._number(fact, length)
         elif is_weight(node):
             result = self.program.weights[binding(node).key]
         elif node not in self.free:
-            result = torch.zeros([self._number(n, length) for n in fact.shape], dtype=fact.dtype)
+            like = cast(Tensor, fact)
+            result = torch.zeros([self._number(n, length) for n in like.shape], dtype=like.dtype)
         else:
             args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: self._evaluate(n, length, done))
             with torch.no_grad():
@@ -82,24 +83,25 @@ class Positions:
         expression = size.node.expr
         return int(expression.subs({s: length if s == self.symbol else OTHER for s in expression.free_symbols}))
 
-    def frontier(self) -> dict[fx.Node, int]:
-        """Positions with their offsets that something other than a position reads."""
-        return {n: c for n, c in self.offsets.items() if any(u not in self.offsets for u in n.users)}
-
     def table_rows(self) -> dict[fx.Node, int]:
-        """The first rows of a weight, one per token: slices [start, start + length) along one axis, with their start."""
-        aten_slice = torch.ops.aten.slice.Tensor
-        slices = [n for n in self.free if n.target is aten_slice and is_weight(n.args[0]) and n not in self.offsets]
-        found = [n for n in slices if n not in self.constant and token_axes(value(n), self.symbol) == [_argument(n, 1, 0)]]
-        return {n: int(_argument(n, 2, 0) or 0) for n in found if _argument(n, 4, 1) == 1 and _is_start(_argument(n, 2, 0))}
+        """Slices [start, start + length) of a weight along one axis, with their start."""
+        slices = [n for n in self.free if n.target is torch.ops.aten.slice.Tensor and is_weight(n.args[0])]
+        placed = self.offsets.keys() | self.constant
+        return {n: start for n in slices if n not in placed and (start := self._start(n)) is not None}
+
+    def _start(self, node: fx.Node) -> int | None:
+        dim, start, step = _argument(node, 1, 0), _argument(node, 2, 0) or 0, _argument(node, 4, 1)
+        plain = isinstance(start, int) and start >= 0 and step == 1
+        return int(start) if plain and self.own_axis(node) == dim else None
+
+    def own_axis(self, node: fx.Node) -> int | None:
+        """The axis that is exactly as long as there are tokens, if it is the only one that depends on their number."""
+        axes = token_axes(value(node), self.symbol)
+        return axes[0] if len(axes) == 1 and value(node).shape[axes[0]].node.expr == self.symbol else None
 
 
 def _argument(node: fx.Node, index: int, default: Any) -> Any:
     return node.args[index] if len(node.args) > index else default
-
-
-def _is_start(argument: Any) -> bool:
-    return argument is None or (isinstance(argument, int) and argument >= 0)
 
 
 def size_only(entry: Entry) -> set[fx.Node]:
@@ -112,7 +114,7 @@ def size_only(entry: Entry) -> set[fx.Node]:
             content = node.all_input_nodes
             if node.target in FACTORIES:
                 content = [n for n in content if n is not node.args[0]]
-            known = not isinstance(node.meta.get("val"), Tensor) or all(n in free for n in content)
+            known = not isinstance(node.meta.get("val"), Tensor | tuple | list) or all(n in free for n in content)
         if known and node.op != "output":
             free.add(node)
     return free

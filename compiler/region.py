@@ -63,7 +63,7 @@ def bypass(entry: Entry, start: fx.Node, end: fx.Node) -> Region:
 
 
 def rebind(entry: Entry, store: ParameterStore, keys: Mapping[fx.Node, str], within: Iterable[fx.Node]) -> None:
-    """Nodes of `within` read the weight `keys[placeholder]` instead of each placeholder: two blocks share one weight."""
+    """Nodes of `within` read the weight `keys[placeholder]` instead of each placeholder: blocks share weights."""
     replacements = {old: _bound(entry, store, old, key) for old, key in keys.items()}
     for node in within:
         for old, new in replacements.items():

@@ -14,7 +14,11 @@ NOUNS = {"passes": "pass", "targets": "target", "loaders": "target"}
 
 
 def table(kind: str) -> dict[str, str]:
-    """Names of a kind ("passes", "targets" or "loaders") with the place of each."""
+    """Names of a kind ("passes", "targets" or "loaders") with the place of each.
+
+    Other packages add to it with the entry point groups `sylvester.passes`, `sylvester.targets`, `sylvester.loaders`; a
+    name of ours stays ours.
+    """
     module, attribute = {
         "passes": ("sylvester.passes", "PASSES"),
         "targets": ("sylvester.backends", "BACKENDS"),

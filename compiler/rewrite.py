@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sylvester.compiler.changes import Changes, Refusal
 from sylvester.compiler.errors import CompileError, InvalidProgram
-from sylvester.compiler.forms import form
+from sylvester.compiler.forms import target_of
 from sylvester.compiler.match import Match, Matcher
 from sylvester.compiler.ops import Example
 from sylvester.compiler.pattern import either, optional, pattern_of
@@ -29,12 +29,14 @@ class Rule:
     `example` gives one argument per parameter, as in compiler.ops: a tuple is a tensor shape and binds a node; a float,
     int or string binds a literal and must be a value that occurs nowhere else in `before`.
     `transparent` lists ops to look through, such as casts; dtype arguments are then ignored as well.
+    `free` says that inner values cost nothing: they may be used outside, and then stay.
     """
 
     before: ClassVar[Callable[..., Tensor]]
     after: ClassVar[Callable[..., Tensor]]
     example: ClassVar[Example]
     transparent: ClassVar[tuple[Any, ...]] = ()
+    free: ClassVar[bool] = False
 
     def allow(self, match: Match) -> Refusal | None:
         """A refusal when the pattern fits but the rewrite would be wrong or slow."""
@@ -72,7 +74,7 @@ class Engine:
         self.changes = Changes()
         self.by_root: dict[Any, list[tuple[Rule, Matcher]]] = defaultdict(list)
         for rule in rules:
-            matcher = Matcher(pattern_of(type(rule)), rule.transparent)
+            matcher = Matcher(pattern_of(type(rule)), rule.transparent, rule.free)
             for target in matcher.pattern.targets():
                 self.by_root[target].append((rule, matcher))
         self.depth = max((matcher.pattern.depth for uses in self.by_root.values() for _, matcher in uses), default=0)
@@ -89,7 +91,7 @@ class Engine:
         return self.changes
 
     def _visit(self, node: fx.Node) -> None:
-        for rule, matcher in self.by_root.get(form(node)[0], ()):
+        for rule, matcher in self.by_root.get(target_of(node), ()):
             self.refused.pop((node, rule.name), None)
             verdict = self._decide(rule, matcher.match(node))
             if isinstance(verdict, Refusal):
@@ -113,10 +115,10 @@ class Engine:
         _require_same_fact(rule, match.root, template.output_node().all_input_nodes[0])
         new, inserted = self._insert(rule, match, template)
         self.changes.apply(rule.name, match.root)
-        blocked = self._blocked(match)
+        concerned = [*inserted, *match.root.users, *self._blocked(match)]
         self.entry.replace(match.root, new)
         self._erase(match.root)
-        self._revisit([*inserted, new, *blocked])
+        self._revisit([n for n in concerned if n.op == "call_function"])
 
     def _template(self, rule: Rule, match: Match) -> fx.Graph:
         """`after` traced on the facts of the bound nodes; equal facts share one trace."""
@@ -135,7 +137,7 @@ class Engine:
             graph = make_fx(closed, pre_dispatch=True)(*(value(n) for n in nodes.values())).graph
         for node in graph.nodes:
             if node.op == "get_attr":
-                raise InvalidProgram(f"{rule.name}: `after` makes a tensor constant", hint="use factory ops or literals")
+                raise InvalidProgram(f"{rule.name}: `after` makes a tensor constant", hint="use factory ops")
         return graph
 
     def _insert(self, rule: Rule, match: Match, template: fx.Graph) -> tuple[fx.Node, list[fx.Node]]:
@@ -173,7 +175,7 @@ class Engine:
         """Put nodes and the users that can see them from a pattern's root back on the worklist, users on top."""
         seen = dict.fromkeys(nodes)
         frontier = list(seen)
-        for _ in range(self.depth):
+        for _ in range(self.depth - 1):
             frontier = list(dict.fromkeys(u for n in frontier for u in n.users if u not in seen and u.op != "output"))
             seen |= dict.fromkeys(frontier)
         again = [n for n in seen if n.op == "call_function" and n not in self.queued and n not in self.gone]

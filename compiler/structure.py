@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -18,7 +17,7 @@ from sylvester.compiler.repeats import Run, runs
 
 @dataclass(frozen=True)
 class Block:
-    """One copy of what repeats: it takes the stream from `start` to `end`. Equal blocks have equal `parameters` lists."""
+    """One copy of what repeats: it takes the stream from `start` to `end`."""
 
     segments: tuple[Segment, ...]
     parts: tuple[Part, ...]
@@ -57,7 +56,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Stack:
-    """A run of equal blocks along one residual stream. `spine` has every value the stream takes, from its source to the result."""
+    """A run of equal blocks along one residual stream. `spine` has all values of the stream, from source to result."""
 
     blocks: tuple[Block, ...]
     spine: tuple[fx.Node, ...]
@@ -101,7 +100,7 @@ class Structure:
 
 def discover(program: Program, entry: str = "forward") -> Structure:
     """The structure of one entry of a canonical program."""
-    flow = Dataflow(program.entries[entry] if entry in program.entries else program.main)
+    flow = Dataflow(program.entry(entry))
     stacks: list[Stack] = []
     taken: set[fx.Node] = set()
     kinds: dict[str, tuple[str, ...]] = {}
@@ -112,7 +111,8 @@ def discover(program: Program, entry: str = "forward") -> Structure:
             copies = [tuple(segments[i] for i in copy) for copy in run.copies()]
             if taken.isdisjoint(copy[-1].end for copy in copies):
                 taken |= {segment.end for copy in copies for segment in copy}
-                blocks = tuple(Block(copy, tuple(_parts(program, flow, copy, kinds))) for copy in copies)
+                parts = [[p for segment in copy for p in find_parts(program, flow, segment, kinds)] for copy in copies]
+                blocks = tuple(Block(copy, tuple(found)) for copy, found in zip(copies, parts, strict=True))
                 stacks.append(Stack(blocks, spine))
     return Structure(tuple(sorted(stacks, key=lambda s: flow.order[s.blocks[0].start])))
 
@@ -121,6 +121,3 @@ def _residual_runs(segments: list[Segment]) -> list[Run]:
     return runs([s.digest for s in segments], [bool(addends(s)) for s in segments])
 
 
-def _parts(program: Program, flow: Dataflow, copy: tuple[Segment, ...], kinds: dict[str, tuple[str, ...]]) -> Iterator[Part]:
-    for segment in copy:
-        yield from find_parts(program, flow, segment, kinds)

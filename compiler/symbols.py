@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StrictMinMaxConstraint
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from sylvester.compiler.cost import hint
 from sylvester.compiler.errors import InvalidProgram
 from sylvester.compiler.program import Program, value
 
@@ -54,7 +55,7 @@ def _describe(symbol: sympy.Symbol, size: torch.SymInt, environment: ShapeEnv) -
     bounds = environment.var_to_range[symbol]
     least = 1 if bounds.lower <= TRACED_LOWEST else int(bounds.lower)
     most = int(bounds.upper) if bounds.upper.is_finite and bounds.upper < LARGEST else None
-    return Symbol(symbol.name, int(environment.create_symintnode(symbol, hint=None).node.hint), least, most)
+    return Symbol(symbol.name, hint(environment.create_symintnode(symbol, hint=None)), least, most)
 
 
 def size_text(size: int | torch.SymInt) -> int | str:
@@ -86,5 +87,6 @@ def fresh_symbols(symbols: Iterable[Symbol]) -> tuple[FakeTensorMode, dict[str, 
         constraint = StrictMinMaxConstraint(warn_only=False, vr=bounds)
         source = ConstantSource(f"size_{symbol.name}")
         expression = environment.create_symbol(symbol.hint, source, DimDynamic.DYNAMIC, constraint)
-        made[symbol.name] = environment.create_symintnode(expression, hint=symbol.hint, source=source)
+        size = environment.create_symintnode(expression, hint=symbol.hint, source=source)
+        made[symbol.name] = cast(torch.SymInt, size)
     return FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True), made

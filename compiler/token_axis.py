@@ -19,16 +19,19 @@ aten = torch.ops.aten
 
 POINTWISE = {ops.swiglu.target, ops.geglu.target, aten.to.dtype, aten._to_copy.default, aten.clone.default}
 LAST_AXIS = {aten.linear.default, ops.rms_norm.target}
-TRACKED = {aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.embedding.default}
-"""Moves of whole axes, and look-ups: the symbol itself says where the token axis went."""
+TRACKED = {aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default}
+"""Moves of whole axes: the symbol itself says where the token axis went."""
+LOOK_UPS = {aten.embedding.default, aten.index_select.default, aten.index.Tensor}
 ALONG = {
-    aten.slice.Tensor: 0, aten.select.int: 0, aten.cat.default: 0, aten.stack.default: 0, aten.softmax.int: None,
-    aten._softmax.default: None, aten.log_softmax.int: None, aten.cumsum.default: None, aten.sum.dim_IntList: None,
-    aten.mean.dim: None, aten.amax.default: None, aten.amin.default: None, aten.split.Tensor: 0, aten.flip.default: None,
-    aten.split_with_sizes.default: 0, aten.chunk.default: 0, aten.unbind.int: 0, aten.roll.default: None,
+    aten.slice.Tensor: 0, aten.select.int: 0, aten.cat.default: 0, aten.unbind.int: 0, aten.split.Tensor: 0,
+    aten.split_with_sizes.default: 0, aten.chunk.default: 0, aten.softmax.int: None, aten._softmax.default: None,
+    aten.log_softmax.int: None, aten.cumsum.default: None, aten.sum.dim_IntList: None, aten.mean.dim: None,
+    aten.amax.default: None, aten.amin.default: None, aten.repeat_interleave.self_int: None,
 }  # fmt: skip
 """Ops with an axis argument (the default where there is one), which must not be the token axis."""
-DIMENSION_AT = {aten.split.Tensor: 2, aten.split_with_sizes.default: 2, aten.chunk.default: 2, aten.roll.default: 2}
+DIMENSION_AT = {
+    aten.split.Tensor: 2, aten.split_with_sizes.default: 2, aten.chunk.default: 2, aten.repeat_interleave.self_int: 2,
+}  # fmt: skip
 MATMULS = {aten.matmul.default, aten.bmm.default, aten.mm.default}
 SHAPED = {aten.reshape.default, aten.expand.default, aten.full.default, aten.arange.default, aten.slice.Tensor}
 """Ops whose size operands are shapes; anywhere else the token length would enter the arithmetic."""
@@ -95,22 +98,24 @@ def _moved(node: fx.Node, symbol: sympy.Symbol, operands: list[fx.Node], axis: i
     return len(operands) == 1
 
 
+def _looked_up(node: fx.Node, symbol: sympy.Symbol, operands: list[fx.Node], axis: int) -> bool:
+    """Tokens index a table that does not depend on them."""
+    return len(operands) == 1 and operands[0] is not node.args[0]
+
+
 def _other_axis(node: fx.Node, symbol: sympy.Symbol, operands: list[fx.Node], axis: int) -> bool:
-    """The axis argument is not the token axis of any operand."""
+    """The axis argument is not the token axis, which is the same for all operands."""
     target: Any = node.target
     given = node.args[DIMENSION_AT.get(target, 1) :]
     dims: Any = given[0] if given else node.kwargs.get("dim", ALONG[target])
-    if dims is None:
-        return False
     dims = dims if isinstance(dims, list | tuple) else [dims]
-    extra = 1 if target is aten.stack.default else 0
-    same = len({_axis(n, symbol) for n in operands}) == 1
-    return same and all(d % (value(n).ndim + extra) != _axis(n, symbol) + _shift(d, n, extra) for d in dims for n in operands)
+    if None in dims or not _stacked(node, symbol, operands, axis):
+        return False
+    return all(d % value(operands[0]).ndim != _axis(operands[0], symbol) for d in dims)
 
 
-def _shift(dim: int, node: fx.Node, extra: int) -> int:
-    """Stacking never merges along an existing axis, so its new axis differs from every old one."""
-    return int(value(node).ndim) + 1 if extra else 0
+def _stacked(node: fx.Node, symbol: sympy.Symbol, operands: list[fx.Node], axis: int) -> bool:
+    return len({(_axis(n, symbol), value(n).ndim) for n in operands}) == 1
 
 
 def _kept(node: fx.Node, symbol: sympy.Symbol, operands: list[fx.Node], axis: int) -> bool:
@@ -129,9 +134,10 @@ def _product(shape: Iterable[Any]) -> Any:
 
 def _not_contracted(node: fx.Node, symbol: sympy.Symbol, operands: list[fx.Node], axis: int) -> bool:
     """Tokens are rows of the first or columns of the second factor, or a batch axis of both."""
-    left, right = node.args[:2]
+    left = node.args[0]
     if len(operands) == 2:
-        return left is not right and all(_from_end(n, symbol) > 2 for n in operands) and _aligned(node, symbol, operands, axis)
+        batched = all(_from_end(n, symbol) > 2 for n in operands)
+        return batched and _aligned(node, symbol, operands, axis)
     return _from_end(operands[0], symbol) != (1 if operands[0] is left else 2)
 
 
@@ -144,7 +150,9 @@ TABLE: tuple[tuple[Iterable[Any], Rule], ...] = (
     (LAST_AXIS, _before_last),
     ((aten.layer_norm.default,), _normalized),
     (TRACKED, _moved),
+    (LOOK_UPS, _looked_up),
     (ALONG, _other_axis),
+    ((aten.stack.default,), _stacked),
     ((aten.reshape.default,), _kept),
     (MATMULS, _not_contracted),
     ((ops.rope.target,), _rows),

@@ -19,7 +19,7 @@ from sylvester.compiler.errors import CompileError, TraceError
 from sylvester.compiler.exported import to_program
 from sylvester.compiler.huggingface import facts_of, load_folder
 from sylvester.compiler.inputs import Examples, Inputs, automatic, bind, check, fixed_dimensions, same_batch, widenings
-from sylvester.compiler.program import Program, binding, value
+from sylvester.compiler.program import Output, Program, binding, value
 
 SAME = 1e-4
 
@@ -127,10 +127,21 @@ def _export(model: nn.Module, inputs: Inputs, dynamic: Any) -> ExportedProgram:
 
 
 def _agrees(program: Program, model: nn.Module, inputs: Inputs) -> bool:
+    """Same outputs as the model, and every value has the rank of its fact: squeeze() depends on sizes of 1."""
     args, kwargs = inputs.call()
     expected = [t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor)]
     found = list(program.run("forward", inputs.tensors).values())
-    return all(relative_error(e, f) < SAME for e, f in zip(expected, found, strict=True))
+    same = all(relative_error(e, f) < SAME for e, f in zip(expected, found, strict=True))
+    return same and _ranks_hold(program, inputs)
+
+
+def _ranks_hold(program: Program, inputs: Inputs) -> bool:
+    probe = program.clone()
+    nodes = [n for n in probe.main.calls() if isinstance(value(n), Tensor)]
+    probe.main.graph.output_node().args = (tuple(nodes),)
+    probe.main.outputs = [Output("output", n.name) for n in nodes]
+    found = probe.run("forward", inputs.tensors)
+    return all(found[n.name].ndim == value(n).ndim for n in nodes)
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -145,7 +156,7 @@ def _check_weights(model: nn.Module) -> None:
 def _as_in_deployment(model: nn.Module, notes: list[str]) -> Iterator[None]:
     """Eval mode and no key-value cache of the model's own; both are put back."""
     training = [module for module in model.modules() if module.training]
-    held = [getattr(module, "config", None) for module in model.modules()]
+    held: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in held if getattr(config, "use_cache", False) is True}
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd) for module in training):
         notes.append("the model was in training mode; it was traced in eval mode")

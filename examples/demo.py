@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 import sylvester as sv
 
@@ -61,6 +62,7 @@ def first_difference(one: list[int], two: list[int]) -> int:
 
 
 def main() -> None:
+    logging.disable_progress_bar()
     start = time.perf_counter()
     compiled = sv.compile(MODEL, target="cpu")
     print(f"compiled {MODEL.name} in {time.perf_counter() - start:.1f} s\n{compiled.ledger}\n")

@@ -9,7 +9,10 @@ import sylvester as sv
 
 MODEL = Path(__file__).parent / "models" / "novels-7m"
 
+PROMPT = "Once upon a time"
+
 compiled = sv.compile(MODEL, target="cpu")
-for piece in compiled.generate("Once upon a time", max_new_tokens=100, stream=True):
+print(PROMPT, end="")
+for piece in compiled.generate(PROMPT, max_new_tokens=100, stream=True):
     print(piece, end="", flush=True)
 print()

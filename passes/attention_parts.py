@@ -49,7 +49,7 @@ def from_call(node: fx.Node) -> Attention | Refusal:
 
 
 def from_softmax(entry: Entry, node: fx.Node) -> Attention | Refusal | None:
-    """Walk from a softmax up through masks and scales to q kᵀ and down to the product with v; None for other softmaxes."""
+    """Walk from a softmax up through masks and scales to q kᵀ and down to the product with v; None without q kᵀ."""
     scores = Scores(entry, node)
     product = scores.walk()
     if not isinstance(product, fx.Node):
@@ -59,9 +59,11 @@ def from_softmax(entry: Entry, node: fx.Node) -> Attention | Refusal | None:
     out = _weighted_sum(node)
     if isinstance(out, Refusal):
         return out
-    (q, q_scale), (keys, k_scale) = (_unscaled(n) for n in form(product)[1][:2])
-    scale = scores.scale * q_scale * k_scale
-    return Attention(out, q, _swapped(entry, keys, product), out.args[1], tuple(scores.masks), scale, False)  # type: ignore[arg-type]
+    (q, q_scale), (keys, keys_scale) = (_unscaled(n) for n in form(product)[1][:2])
+    k, k_scale = _unscaled(_swapped(entry, keys, product))
+    scale = scores.scale * q_scale * keys_scale * k_scale
+    v: fx.Node = out.args[1]  # type: ignore[assignment]
+    return Attention(out, q, k, v, tuple(scores.masks), scale, False)
 
 
 class Scores:
@@ -102,11 +104,8 @@ class Scores:
         scores, factor = node.args[:2]
         if not isinstance(factor, (int, float)):
             return _if_scores(scores, Refusal("the scores are scaled by a tensor", node))
-        self._multiply(factor if node.target is aten.mul.Tensor else 1 / factor)
+        self.scale *= factor if node.target is aten.mul.Tensor else 1 / factor
         return scores  # type: ignore[return-value]
-
-    def _multiply(self, factor: float) -> None:
-        self.scale *= factor
 
     def _through_sum(self, node: fx.Node) -> fx.Node | Refusal | None:
         x, y = node.args[:2]
@@ -123,7 +122,9 @@ class Scores:
     def _scaled_mask(self, mask: fx.Node) -> fx.Node:
         return self.entry.emit(aten.mul.Tensor, mask, self.scale, before=self.softmax)
 
-    def _through_fill(self, node: fx.Node, scores: Any, mask: Any, fill: Any, inverted: bool) -> fx.Node | Refusal | None:
+    def _through_fill(
+        self, node: fx.Node, scores: Any, mask: Any, fill: Any, inverted: bool
+    ) -> fx.Node | Refusal | None:
         if not isinstance(fill, (int, float)) or fill > HIDDEN:
             return _if_scores(scores, Refusal(f"hidden scores become {fill}, expected minus infinity", node))
         self.masks.append(self._bool_mask(mask, fill, inverted))
@@ -194,7 +195,7 @@ def _weighted_sum(softmax: fx.Node) -> fx.Node | Refusal:
             return user
         idle = user.target is aten.dropout.default and not (arguments(user)[1] and arguments(user)[2])
         if user.target not in CASTS and not idle:
-            return Refusal(f"the attention weights go into {op_name(user.target)}, expected a product with values", user)
+            return Refusal(f"the attention weights go into {op_name(user.target)}, expected a product", user)
         node = user
 
 

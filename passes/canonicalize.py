@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import fx
 from torch.fx.node import map_arg
 
-from sylvester.compiler.calls import Call, Result, Rule, normal, retarget
+from sylvester.compiler.calls import Call, Result, Rule, known, normal, resized, retarget, tensor
 from sylvester.compiler.changes import Changes
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.pipeline import Contract, Pass
@@ -19,7 +19,8 @@ from sylvester.passes.common_subexpressions import CommonValues
 
 SWEEPS = 20
 STEPS = 20
-TABLES = (simplify_views.RULES, simplify_slices.RULES, simplify_arithmetic.RULES, simplify_masks.RULES, simplify_linear.RULES)
+FAMILIES = (simplify_views, simplify_slices, simplify_arithmetic, simplify_masks, simplify_linear)
+TABLES = [family.RULES for family in FAMILIES]
 RULES: dict[Any, tuple[Rule, ...]] = {
     target: tuple(chain.from_iterable(table.get(target, ()) for table in TABLES))
     for target in chain.from_iterable(TABLES)
@@ -43,39 +44,48 @@ class Canonicalize(Pass):
 def canonicalize(entry: Entry) -> Changes:
     """Bring one entry into normal form."""
     changes = Changes()
+    specialise(entry)
     for _ in range(SWEEPS):
-        entry.sweep()
         before = len(changes.applied)
-        sweep(entry, changes)
+        share(entry, changes)
+        entry.sweep()
+        for node in entry.calls():
+            simplify(entry, node, changes)
         if len(changes.applied) == before:
             return changes
     raise CompileError(f"no normal form after {SWEEPS} sweeps", hint=f"still applied: {changes.applied[-1].rule}")
 
 
-def sweep(entry: Entry, changes: Changes) -> None:
-    """Visit every call once, operands first."""
+def specialise(entry: Entry) -> None:
+    """Sizes that a guard of the trace has fixed become numbers in the facts."""
+    for node in entry.graph.nodes:
+        fact = tensor(node)
+        if fact is not None and any(known(n) is not n for n in fact.shape):
+            node.meta["val"] = resized(fact, [known(n) for n in fact.shape], fact.dtype)
+
+
+def share(entry: Entry, changes: Changes) -> None:
+    """Equal calls become one, operands first."""
     common = CommonValues()
     for node in entry.calls():
-        if not simplify(entry, node, changes):
-            continue
         twin = common.twin(node)
         if twin is not None:
             changes.apply("common_subexpression", node)
             _substitute(entry, node, twin)
 
 
-def simplify(entry: Entry, node: fx.Node, changes: Changes) -> bool:
-    """Rewrite one call until no rule applies; False when it gave way to another value."""
+def simplify(entry: Entry, node: fx.Node, changes: Changes) -> None:
+    """Rewrite one call until no rule applies or it gives way to another value."""
     for _ in range(STEPS):
         call = normal(Call(node.target, node.args, node.kwargs))  # type: ignore[arg-type]
         node.args, node.kwargs = call.args, dict(call.kwargs)
         rule, result = _first_result(node)
         if rule is None:
-            return True
+            return
         changes.apply(rule.__name__.strip("_"), node)
         if not isinstance(result, Call):
             _substitute(entry, node, result)
-            return False
+            return
         retarget(entry, node, result, made_by=Canonicalize.name)
     raise CompileError(f"no normal form after {STEPS} steps", at=node)
 

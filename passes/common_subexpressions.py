@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
+# Tagged as random for the sake of its dropout, which no program has.
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
 
 class CommonValues:
     """The first node of each value seen so far. Sizes are equal when their expressions are."""
@@ -34,8 +37,8 @@ def is_deterministic(target: Any) -> bool:
     """Calls with equal operands give equal values."""
     if not isinstance(target, torch._ops.OpOverload):
         return True
-    random = torch.Tag.nondeterministic_seeded in target.tags
-    return not target._schema.is_mutable and (not random or target is torch.ops.aten.scaled_dot_product_attention.default)
+    random = torch.Tag.nondeterministic_seeded in target.tags and target is not SDPA
+    return not target._schema.is_mutable and not random
 
 
 def _key(argument: Any) -> Any:

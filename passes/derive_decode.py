@@ -1,4 +1,4 @@
-"""forward(tokens) -> prefill(tokens) that also writes keys and values to state, and decode(tokens, past) that reads them.
+"""forward(tokens) -> prefill(tokens), which also stores keys and values, and decode(tokens, past), which reads them.
 
 attention(q, k, v, causal) -> attention(q, kv_update(K, k, past), kv_update(V, v, past), past), and
 arange(length) + c -> arange(length) + c + past where it is the position of a token.
@@ -6,11 +6,13 @@ arange(length) + c -> arange(length) + c + past where it is the position of a to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sylvester.compiler import ops
 from sylvester.compiler.causal_lm import CausalLM, analyse, chunked_error
@@ -60,7 +62,7 @@ class DeriveDecode(Pass):
         changes = Changes()
         for node in model.attention:
             changes.apply("attention", node)
-        for node in (*model.positions, *model.rows):
+        for node in (*_read_by_others(model.positions), *model.rows):
             changes.apply("position", node)
         if self.check:
             _self_check(program, model)
@@ -74,6 +76,10 @@ class DeriveDecode(Pass):
         if model.limit is not None and wanted > model.limit:
             hint = f"set DeriveDecode(max_length={model.limit}) or less"
             raise Unsupported(f"max_length is {wanted}, the position table holds {model.limit}", hint=hint)
+        example = program.entries["forward"].examples.get(binding(model.tokens).key)
+        if example is not None and example.shape[1] > wanted:
+            hint = "trace with a shorter example"
+            raise Unsupported(f"max_length is {wanted}, the example has {example.shape[1]} tokens", hint=hint)
         return wanted
 
 
@@ -100,9 +106,11 @@ def _read_caches(program: Program, entry: Entry, model: CausalLM) -> None:
     nodes = {n.name: n for n in entry.graph.nodes}
     past = entry.bind("input", "past", torch.zeros((), dtype=torch.int64))
     tokens = nodes[model.tokens.name]
-    own = {nodes[n.name] for n in model.positions}
-    for old, offset in model.positions.items():
-        _shift(entry, nodes[old.name], offset, tokens, past, own)
+    positions = {nodes[old.name]: offset for old, offset in model.positions.items()}
+    for node, users in _read_by_others(positions).items():
+        new = _position(entry, node, positions[node], tokens, past)
+        for user in users:
+            user.replace_input_with(node, new)
     for old, start in model.rows.items():
         _look_up(entry, nodes[old.name], start, tokens, past)
     updates = []
@@ -150,31 +158,31 @@ def _arange(entry: Entry, offset: int, tokens: fx.Node, past: fx.Node, before: f
     return entry.emit(aten.add.Tensor, position, offset, **options) if offset else position
 
 
-def _shift(entry: Entry, node: fx.Node, offset: int, tokens: fx.Node, past: fx.Node, own: set[fx.Node]) -> None:
-    """What read a position of the first tokens reads that of the tokens after `past`."""
+def _read_by_others(positions: Mapping[fx.Node, int]) -> dict[fx.Node, list[fx.Node]]:
+    """Positions with their users that are no positions themselves."""
+    users = {node: [u for u in node.users if u not in positions] for node in positions}
+    return {node: others for node, others in users.items() if others}
+
+
+def _position(entry: Entry, node: fx.Node, offset: int, tokens: fx.Node, past: fx.Node) -> fx.Node:
+    """What `node` is for the tokens after `past`, in the shape and type of `node`."""
     fact: Tensor = value(node)
-    users = [u for u in node.users if u not in own]
-    new = _arange(entry, offset, tokens, past, node)
     options: dict[str, Any] = {"before": node, "made_by": "derive-decode"}
+    new = _arange(entry, offset, tokens, past, node)
     if fact.dtype != torch.int64:
         new = entry.emit(aten.to.dtype, new, fact.dtype, **options)
-    axis = token_axes(fact, cast(torch.SymInt, value(tokens).shape[1]).node.expr)[0]
+    batch, length = value(tokens).shape
+    axis = token_axes(fact, length.node.expr)[0]
     if fact.ndim > 1:
         new = entry.emit(aten.reshape.default, new, [-1 if d == axis else 1 for d in range(fact.ndim)], **options)
-    if any(n != 1 for d, n in enumerate(fact.shape) if d != axis):
-        new = entry.emit(aten.expand.default, new, _sizes(entry, node, axis), **options)
-    for user in users:
-        user.replace_input_with(node, new)
-
-
-def _sizes(entry: Entry, node: fx.Node, axis: int) -> list[Any]:
-    """The sizes of `node` as operands, -1 for the token axis."""
-    found: list[Any] = []
-    for d, n in enumerate(value(node).shape):
-        symbolic = isinstance(n, torch.SymInt) and d != axis
-        size = entry.emit(aten.sym_size.int, node, d, before=node, made_by="derive-decode") if symbolic else n
-        found.append(-1 if d == axis else size)
-    return found
+    if all(n == 1 for d, n in enumerate(fact.shape) if d != axis):
+        return new
+    sizes: list[Any] = [-1 if d == axis else n for d, n in enumerate(fact.shape)]
+    for d, n in enumerate(sizes):
+        if isinstance(n, torch.SymInt):
+            source = (tokens, 0) if statically_known_true(n == batch) else (node, d)
+            sizes[d] = entry.emit(aten.sym_size.int, *source, **options)
+    return entry.emit(aten.expand.default, new, sizes, **options)
 
 
 def _look_up(entry: Entry, node: fx.Node, start: int, tokens: fx.Node, past: fx.Node) -> None:

@@ -21,6 +21,7 @@ from sylvester.passes.common_subexpressions import is_deterministic
 aten = torch.ops.aten
 LITERALS = (aten.full.default, aten.expand.default)
 SCALED = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+LARGEST_FILL = 1 << 24
 SHORT = {"permute": "t", "to.dtype": "cast"}
 
 
@@ -66,21 +67,32 @@ class Folder:
     def fold(self, entry: Entry, root: fx.Node, constant: Mapping[fx.Node, None]) -> None:
         """Replace `root` by a weight placeholder, or refuse."""
         cone = _cone(root, constant)
+        if fill := self._fill(entry, root, cone):
+            entry.replace(root, fill)
+            self.changes.apply("fill", root)
+            return
         term = _term(root, {})
         if term not in self.folded:
             grown = self._growth(root, cone)
             if grown > self.limit:
-                self.changes.refuse("fold", Refusal(f"grows the weights by {grown} bytes, the limit is {self.limit}", root))
+                reason = f"grows the weights by {grown} bytes, the limit is {self.limit}"
+                self.changes.refuse("fold", Refusal(reason, root))
                 return
-            result = self._compute(root, cone)
-            if not any(map(is_weight, cone)) and _is_uniform(result):
-                entry.replace(root, _fill(entry, root, result))
-                self.changes.apply("fill", root)
-                return
-            self.folded[term] = self._store(root, cone, result)
+            self.folded[term] = self._store(root, cone)
         key = self.folded[term]
         entry.replace(root, entry.bind("weight", key, self.program.weights[key]))
         self.changes.apply("fold", root)
+
+    def _fill(self, entry: Entry, root: fx.Node, cone: list[fx.Node]) -> fx.Node | None:
+        """A fill that equals a constant made of literals alone, when all its elements are the same."""
+        sizes = list(value(root).shape)
+        if any(map(is_weight, cone)) or not 0 < math.prod(sizes) <= LARGEST_FILL:
+            return None
+        result = self._compute(root, cone)
+        first, made_by = result.flatten()[0], FoldConstants.name
+        if not (result == first).all():
+            return None
+        return entry.emit(aten.full.default, sizes, first.item(), dtype=result.dtype, before=root, made_by=made_by)
 
     def _growth(self, root: fx.Node, cone: list[fx.Node]) -> int:
         """Bytes of the result less those of the weights that only constants use."""
@@ -99,22 +111,13 @@ class Folder:
                 values[node] = cast(Callable[..., Any], node.target)(*args, **kwargs)
         return cast(Tensor, values[root])
 
-    def _store(self, root: fx.Node, cone: list[fx.Node], result: Tensor) -> str:
-        """Keep `result` under a new key, named after the first weight and the last op."""
+    def _store(self, root: fx.Node, cone: list[fx.Node]) -> str:
+        """Keep the value of `root` under a new key, named after the first weight and the last op."""
         first = next((binding(n).key for n in cone if is_weight(n)), module_path(root) or "constant")
         op = op_name(root.target)
         key = self.program.weights.fresh(f"{first}.{SHORT.get(op, op)}")
-        self.program.weights[key] = result.contiguous().clone()
+        self.program.weights[key] = self._compute(root, cone).contiguous().clone()
         return key
-
-
-def _is_uniform(result: Tensor) -> bool:
-    return result.numel() > 0 and bool((result == result.flatten()[0]).all())
-
-
-def _fill(entry: Entry, root: fx.Node, result: Tensor) -> fx.Node:
-    sizes, content = list(result.shape), result.flatten()[0].item()
-    return entry.emit(aten.full.default, sizes, content, dtype=result.dtype, before=root, made_by=FoldConstants.name)
 
 
 def inline_scalars(program: Program, entry: Entry, changes: Changes) -> None:

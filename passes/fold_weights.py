@@ -1,4 +1,4 @@
-"""bn(conv(x, W) + b) -> conv(x, s W) + s (b - m) + t; s (x W^T) -> x (s W)^T; (s x) W^T -> x (W s)^T; attention of s q -> its scale."""
+"""bn(x W^T + b) -> x (s W)^T + s b + t; s (x W^T) -> x (s W)^T; (s x) W^T -> x (W s)^T; s (q k^T): attention scale."""
 
 from __future__ import annotations
 
@@ -65,8 +65,10 @@ class Fold:
             self.changes.apply(step.fold.__name__, node)
 
     def tensor(self, node: object) -> Tensor | None:
-        """A weight in float64."""
-        return self.program.weights[binding(node).key].double() if isinstance(node, fx.Node) and is_weight(node) else None
+        """A weight in float64, or None for anything else."""
+        if not isinstance(node, fx.Node) or not is_weight(node):
+            return None
+        return self.program.weights[binding(node).key].double()
 
     def scale(self, entry: Entry, weight: fx.Node, factor: Tensor, axis: int) -> fx.Node:
         """The weight times `factor` (a scalar or a vector along `axis`), as a new weight."""
@@ -142,7 +144,8 @@ def fold_batch_norm(fold: Fold, entry: Entry, node: fx.Node) -> Answer:
     factor = (variance + a["eps"]).rsqrt() * (1 if gain is None else gain)
     shift = (0 if bias is None else bias) - mean * factor
     source = cast(fx.Node, node.args[0])
-    if (source.target in CONVOLUTIONS or (source.target is LINEAR and value(source).dim() == 2)) and not _shared(source) and len(source.users) == 1:
+    channels_second = source.target in CONVOLUTIONS or (source.target is LINEAR and value(source).dim() == 2)
+    if channels_second and len(source.users) == 1 and not _shared(source):
         fold.affine(entry, source, factor, shift)
         _erase(entry, node, source)
     else:
@@ -194,7 +197,7 @@ def fold_input_scale(fold: Fold, entry: Entry, node: fx.Node) -> Answer:
 
 
 def _factor(fold: Fold, node: fx.Node, axis: int) -> Tensor | None:
-    """What a product or quotient multiplies by: a scalar, or a vector when it is a weight that varies along `axis` only."""
+    """What a product or quotient multiplies by: a scalar, or a vector for a weight that varies along `axis` only."""
     other = node.args[1]
     factor = torch.tensor(other, dtype=torch.float64) if isinstance(other, (int, float)) else fold.tensor(other)
     if factor is None or not factor.all() or len(node.args) > 2 or node.kwargs:

@@ -1,4 +1,4 @@
-"""softmax(q kᵀ · scale + mask) v, written out or as one torch call -> attention(q, k, v, mask, scale, causal, window)."""
+"""softmax(q kᵀ scale + mask) v, written out or as one torch call -> attention(q, k, v, mask, scale, causal, window)."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ class Raiser:
         new = self._build(found)
         old, fact = value(found.out), value(new)
         if fact.dtype != old.dtype or list(map(str, fact.shape)) != list(map(str, old.shape)):
-            return Refusal(f"would give {fact.dtype}{list(fact.shape)}, the graph has {old.dtype}{list(old.shape)}", new)
+            found_text, old_text = (f"{x.dtype}{list(x.shape)}" for x in (fact, old))
+            return Refusal(f"would give {found_text}, the graph has {old_text}", found.out)
         self.changes.apply("attention", found.out)
         self.entry.replace(found.out, new)
         return None

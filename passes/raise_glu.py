@@ -61,8 +61,8 @@ class GeluTanh(Rule):
 
     @staticmethod
     def before(x: Tensor) -> Tensor:
-        cube = either(x**3, x**2 * x, x * x * x)
-        by_cube = (x + cube * CUBIC) * ROOT_TWO_OVER_PI
+        cubic = either(either(x**3, x**2 * x, x * x * x) * CUBIC, x * CUBIC * x * x)
+        by_cube = (x + cubic) * ROOT_TWO_OVER_PI
         by_square = x * ROOT_TWO_OVER_PI * (x * CUBIC * x + 1.0)
         return half_times(x, torch.tanh(either(by_cube, by_square)) + 1.0)
 

@@ -1,4 +1,4 @@
-"""x * rsqrt(mean(x^2) + eps) * w -> rms_norm(x, w, eps);  (x - mean) / sqrt(var + eps) * w + b -> layer_norm(x, w, b)."""
+"""x rsqrt(mean(x^2) + eps) w -> rms_norm(x, w, eps);  (x - mean) / sqrt(var + eps) w + b -> layer_norm(x, w, b)."""
 
 from __future__ import annotations
 
@@ -62,34 +62,19 @@ class RmsNorm(Rule):
 
 
 class TorchRmsNorm(Rule):
-    """torch.nn.RMSNorm with a stated epsilon."""
+    """torch.nn.RMSNorm; its default epsilon is the machine epsilon of the type."""
 
     example = ((2, 3, 8), (8,), 1e-6)
 
     @staticmethod
     def before(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return optional(F.rms_norm(x, (x.shape[-1],), weight, eps), F.rms_norm(x, (x.shape[-1],), None, eps))
+        last = (x.shape[-1],)
+        stated = optional(F.rms_norm(x, last, weight, eps), F.rms_norm(x, last, None, eps))
+        return either(stated, optional(F.rms_norm(x, last, weight), F.rms_norm(x, last)))
 
     @staticmethod
-    def after(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        return ops.rms_norm(x, weight, eps)
-
-    def allow(self, match: Match) -> Refusal | None:
-        return last_axis_only(match)
-
-
-class TorchRmsNormDefault(Rule):
-    """torch.nn.RMSNorm without an epsilon: the machine epsilon of the type."""
-
-    example = ((2, 3, 8), (8,))
-
-    @staticmethod
-    def before(x: Tensor, weight: Tensor) -> Tensor:
-        return optional(F.rms_norm(x, (x.shape[-1],), weight), F.rms_norm(x, (x.shape[-1],)))
-
-    @staticmethod
-    def after(x: Tensor, weight: Tensor | None) -> Tensor:
-        return ops.rms_norm(x, weight, torch.finfo(x.dtype).eps)
+    def after(x: Tensor, weight: Tensor | None, eps: float | None) -> Tensor:
+        return ops.rms_norm(x, weight, torch.finfo(x.dtype).eps if eps is None else eps)
 
     def allow(self, match: Match) -> Refusal | None:
         return last_axis_only(match)
@@ -136,4 +121,4 @@ class RaiseNorms(Pass):
     contract: ClassVar[Contract] = "exact"
 
     def run(self, program: Program) -> Changes:
-        return rewrite(program, (LayerNorm(), RmsNorm(), TorchRmsNorm(), TorchRmsNormDefault()))
+        return rewrite(program, (LayerNorm(), RmsNorm(), TorchRmsNorm()))

@@ -34,6 +34,11 @@ def table(angles: Tensor) -> Tensor:
     return angles.squeeze(HEADS) if angles.dim() == 4 else angles
 
 
+def features(x: Tensor, start: int, end: int) -> Tensor:
+    """x itself when the part is all of it."""
+    return x if start == 0 and end >= x.shape[-1] else x[..., start:end]
+
+
 def in_the_middle(match: Match) -> Refusal | None:
     """A refusal unless the halves are cut in the middle of x; chunks always are."""
     features = match.fact("x").shape[-1]
@@ -43,7 +48,7 @@ def in_the_middle(match: Match) -> Refusal | None:
 
 
 def fits(match: Match, width: int) -> Refusal | None:
-    """A refusal unless x is [batch, heads, tokens, features] and the tables broadcast over heads, `width` values wide."""
+    """A refusal unless x is [batch, heads, tokens, features] and the tables, `width` wide, broadcast over heads."""
     if match.fact("x").dim() != 4:
         return Refusal(f"x has {match.fact('x').dim()} axes, expected batch, heads, tokens, features", match.root)
     for name in ("cos", "sin"):
@@ -81,7 +86,7 @@ class RopeSplitHalves(Rule):
     @staticmethod
     def before(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
         first, second = halves(x, half)
-        return torch.cat((first * cos - second * sin, either(second * cos + first * sin, first * sin + second * cos)), -1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
     @staticmethod
     def after(x: Tensor, cos: Tensor, sin: Tensor, half: int | None) -> Tensor:
@@ -144,7 +149,7 @@ class RopePart(Rule):
 
     @staticmethod
     def after(x: Tensor, cos: Tensor, sin: Tensor, start: int, half: int, rotary: int, end: int | None) -> Tensor:
-        return ops.rope(x[..., start : rotary if end is None else end], table(cos), table(sin), False)
+        return ops.rope(features(x, start, rotary if end is None else end), table(cos), table(sin), False)
 
     def allow(self, match: Match) -> Refusal | None:
         start, half, rotary = match["start"], match["half"], match["rotary"]
@@ -157,6 +162,7 @@ class HeadAxis(Rule):
     """A broadcast axis that is added and removed again."""
 
     example = ((2, 5, 8),)
+    free = True
 
     @staticmethod
     def before(x: Tensor) -> Tensor:

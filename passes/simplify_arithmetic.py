@@ -21,18 +21,18 @@ CASTS = (
     aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default,
 )  # fmt: skip
 DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
-SPELLINGS = {
+SPELLINGS: dict[Any, Any] = {
     aten.add.Scalar: aten.add.Tensor, aten.sub.Scalar: aten.sub.Tensor, aten.mul.Scalar: aten.mul.Tensor,
     aten.div.Scalar: aten.div.Tensor, aten.true_divide.Tensor: aten.div.Tensor, aten.subtract.Tensor: aten.sub.Tensor,
     aten.multiply.Tensor: aten.mul.Tensor, aten.divide.Tensor: aten.div.Tensor, aten.negative.default: aten.neg.default,
     aten.__and__.Tensor: aten.bitwise_and.Tensor, aten.__or__.Tensor: aten.bitwise_or.Tensor,
     aten.__xor__.Tensor: aten.bitwise_xor.Tensor, aten.clamp_min.default: aten.clamp.default,
 }  # fmt: skip
-LOGIC = {
+LOGIC: dict[Any, Any] = {
     aten.logical_and.default: aten.bitwise_and.Tensor, aten.logical_or.default: aten.bitwise_or.Tensor,
     aten.logical_not.default: aten.bitwise_not.default, aten.logical_xor.default: aten.bitwise_xor.Tensor,
 }  # fmt: skip
-NEUTRAL = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Tensor: 1, aten.div.Tensor: 1}
+NEUTRAL: dict[Any, int] = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Tensor: 1, aten.div.Tensor: 1}
 POWERS = {0.5: aten.sqrt.default, -0.5: aten.rsqrt.default}
 
 
@@ -120,9 +120,10 @@ def clamp_of_nothing(node: fx.Node) -> Result:
 
 
 def hardtanh(node: fx.Node) -> Result:
-    """hardtanh, and with it relu6, is a clamp."""
+    """hardtanh and relu6 are clamps."""
     a = arguments(node)
-    return Call(aten.clamp.default, (node.args[0], a["min_val"], a["max_val"]))
+    low, high = (0, 6) if node.target is aten.relu6.default else (a["min_val"], a["max_val"])
+    return Call(aten.clamp.default, (node.args[0], low, high))
 
 
 def embedding(node: fx.Node) -> Result:
@@ -147,5 +148,6 @@ RULES: dict[Any, tuple[Rule, ...]] = {
     aten.rsub.Tensor: (reverse_subtract,),
     aten.clamp.default: (clamp_of_nothing,),
     aten.hardtanh.default: (hardtanh,),
+    aten.relu6.default: (hardtanh,),
     aten.embedding.default: (embedding,),
 }

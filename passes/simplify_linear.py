@@ -1,4 +1,4 @@
-"""Rules: addmm, mm, matmul with a matrix, and a sum with a bias -> linear; flattening of rows moves below row-wise ops."""
+"""Rules: addmm, mm, matmul with a matrix, sum with a bias -> linear; flattening of rows moves below row-wise ops."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from sylvester.compiler.calls import Call, Result, Rule, arguments, same_fact, same_size, same_sizes, tensor
+from sylvester.compiler.calls import Call, Result, Rule, arguments, resized, same_fact, same_size, same_sizes, tensor
 from sylvester.compiler.program import is_weight, value
 
 aten = torch.ops.aten
 ROW_WISE = (
     aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default, aten.neg.default,
     aten.pow.Tensor_Scalar, aten.to.dtype, aten.clamp.default, aten.hardswish.default, aten.leaky_relu.default,
-    aten.elu.default, aten.softplus.default, aten.mish.default,
+    aten.elu.default, aten.softplus.default, aten.mish.default, aten.exp.default, aten.abs.default, aten.sqrt.default,
+    aten.rsqrt.default, aten.erf.default,
 )  # fmt: skip
 
 
@@ -23,15 +24,20 @@ def addmm(node: fx.Node) -> Result:
     bias, x, weight = cast("tuple[fx.Node, fx.Node, fx.Node]", node.args)
     if node.kwargs or value(bias).dim() != 1 or not same_size(value(bias).shape[0], value(weight).shape[1]):
         return None
-    return Call(aten.linear.default, (x, Call(aten.permute.default, (weight, [1, 0])), bias))
+    return Call(aten.linear.default, (x, _transposed(weight), bias))
 
 
 def matmul(node: fx.Node) -> Result:
     """x @ w with a matrix made of weights is linear(x, w^T); every other product is `matmul`."""
     x, weight = cast("tuple[fx.Node, fx.Node]", node.args)
     if value(weight).dim() == 2 and value(x).dim() >= 2 and from_weights(weight):
-        return Call(aten.linear.default, (x, Call(aten.permute.default, (weight, [1, 0]))))
+        return Call(aten.linear.default, (x, _transposed(weight)))
     return Call(aten.matmul.default, (x, weight))
+
+
+def _transposed(matrix: fx.Node) -> Call:
+    fact = value(matrix)
+    return Call(aten.permute.default, (matrix, [1, 0]), fact=resized(fact, fact.shape[::-1], fact.dtype))
 
 
 def from_weights(node: fx.Node) -> bool:
@@ -61,7 +67,9 @@ def after_rows(node: fx.Node) -> Result:
     width = value(node).shape[-1]
     if not isinstance(width, int):
         return None
-    inner = Call(node.target, (flat.args[0], *node.args[1:]), node.kwargs)  # type: ignore[arg-type]
+    source = cast(fx.Node, flat.args[0])
+    fact = resized(value(source), (*value(source).shape[:-1], width), value(node).dtype)
+    inner = Call(node.target, (source, *node.args[1:]), node.kwargs, fact)  # type: ignore[arg-type]
     return Call(aten.reshape.default, (inner, [*cast("list[Any]", flat.args[1])[:-1], width]))
 
 
@@ -73,17 +81,17 @@ def _merges_rows(flat: fx.Node) -> bool:
 
 
 def after_both_rows(node: fx.Node) -> Result:
-    """op(reshape(x), reshape(y)) with the same leading axes merged is reshape(op(x, y)) for elementwise ops."""
+    """op(reshape(x), reshape(y)), leading axes merged alike, is reshape(op(x, y)); y may be a number or vector."""
     first, second = node.args[:2]
-    flat = [n for n in (first, second) if isinstance(n, fx.Node)]
-    if not all(map(_merges_rows, flat)) or not all(same_fact(n, node) for n in flat):
+    if not isinstance(first, fx.Node) or not _merges_rows(first) or not same_fact(first, node):
         return None
-    inside = [n.args[0] for n in flat]
-    if not all(same_fact(n, inside[0]) for n in inside):
-        return None
-    operands = inside if len(flat) == 2 else [inside[0], second]
-    inner = Call(node.target, (*operands, *node.args[2:]), node.kwargs)  # type: ignore[arg-type]
-    return Call(aten.reshape.default, (inner, flat[0].args[1]))
+    inside, merged = first.args[0], second
+    if isinstance(second, fx.Node) and value(second).dim() > 1:
+        if not _merges_rows(second) or not same_fact(second.args[0], inside):
+            return None
+        merged = second.args[0]
+    inner = Call(node.target, (inside, merged, *node.args[2:]), node.kwargs, tensor(inside))  # type: ignore[arg-type]
+    return Call(aten.reshape.default, (inner, first.args[1]))
 
 
 def layer_norm_rows(node: fx.Node) -> Result:

@@ -1,4 +1,4 @@
-"""Rules: parts of split, chunk and unbind -> slice or select; stack -> cat; chains of slices -> one; known sizes -> numbers."""
+"""Rules: part of split, chunk, unbind -> slice, select; stack -> cat; slices of slices -> one; known size -> number."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from sylvester.compiler.calls import Call, Result, Rule, arguments, same_fact
+from sylvester.compiler.calls import Call, Result, Rule, arguments, known, same_fact
 from sylvester.compiler.program import value
 
 aten = torch.ops.aten
@@ -62,6 +62,9 @@ def part(node: fx.Node) -> Result:
     dim = arguments(whole)["dim"] % value(cast(fx.Node, whole.args[0])).dim()
     if whole.target is aten.unbind.int:
         return Call(aten.select.int, (whole.args[0], dim, index))
+    length = whole.args[1]
+    if whole.target is aten.split.Tensor and isinstance(length, int):
+        return Call(aten.slice.Tensor, (whole.args[0], dim, index * length, (index + 1) * length))
     sizes = [p.shape[dim] for p in value(whole)[: index + 1]]
     if not all(isinstance(s, int) for s in sizes):
         return None
@@ -85,10 +88,8 @@ def cat(node: fx.Node) -> Result:
 
 def size(node: fx.Node) -> Result:
     """A size that is a number at compile time is that number."""
-    fact = value(node)
-    if isinstance(fact, torch.SymInt):
-        return int(fact.node.expr) if fact.node.expr.is_number else None
-    return fact if isinstance(fact, int) and not isinstance(fact, bool) else None
+    number = known(value(node))
+    return None if isinstance(number, torch.SymInt) else number
 
 
 RULES: dict[Any, tuple[Rule, ...]] = {

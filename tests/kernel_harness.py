@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -64,13 +64,21 @@ def team(lib: ctypes.CDLL, threads: int) -> Iterator[ctypes.c_void_p]:
     lib.sv_team_free(made)
 
 
+def bind(
+    lib: ctypes.CDLL, made: ctypes.c_void_p, name: str, integers: list[int], arrays: list[np.ndarray | None]
+) -> Callable[[], int]:
+    """A call of `run_<name>` with these arguments; arrays are passed by address and may be strided."""
+    numbers = (ctypes.c_int64 * max(1, len(integers)))(*integers)
+    pointers = (ctypes.c_void_p * max(1, len(arrays)))(*[None if a is None else a.ctypes.data for a in arrays])
+    function = getattr(lib, f"run_{name}")
+    return lambda: function(made, numbers, pointers)
+
+
 def run(
     lib: ctypes.CDLL, made: ctypes.c_void_p, name: str, integers: list[int], arrays: list[np.ndarray | None]
 ) -> int:
-    """Call `run_<name>`; arrays are passed by address and may be strided."""
-    numbers = (ctypes.c_int64 * max(1, len(integers)))(*integers)
-    pointers = (ctypes.c_void_p * max(1, len(arrays)))(*[None if a is None else a.ctypes.data for a in arrays])
-    return int(getattr(lib, f"run_{name}")(made, numbers, pointers))
+    """Call `run_<name>` once."""
+    return bind(lib, made, name, integers, arrays)()
 
 
 def strides(array: np.ndarray, count: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind
 
+from sylvester.compiler.ledger import Ledger
 from sylvester.compiler.program import Binding, Entry, Output, Program
 from sylvester.compiler.weights import ParameterStore
 
@@ -28,10 +29,15 @@ class Wrapped(nn.Module):
         return self.function(*args, *(getattr(self, name) for name in self.names))
 
 
-def program(function: Callable[..., Any], *args: Tensor, weights: Mapping[str, Tensor] | None = None) -> Program:
-    """The raw export of `function(*args, *weights)` with every dimension of size > 1 symbolic where possible."""
+def program(
+    function: Callable[..., Any],
+    *args: Tensor,
+    weights: Mapping[str, Tensor] | None = None,
+    axes: Callable[[Tensor], Sequence[int]] = lambda x: range(x.dim() - 1),
+) -> Program:
+    """The raw export of `function(*args, *weights)`, inputs x0, x1, ...; `axes` of size > 1 are symbolic."""
     model = function if isinstance(function, nn.Module) else Wrapped(function, weights or {})
-    dims = tuple({i: Dim.AUTO for i, n in enumerate(x.shape) if n > 1} for x in args)
+    dims = tuple({i: Dim.AUTO for i in axes(x) if x.shape[i] > 1} for x in args)
     shapes = dims if isinstance(function, nn.Module) else (dims,)
     exported = torch.export.export(model.eval(), args, dynamic_shapes=shapes, strict=False)
     tensors = {**exported.state_dict, **exported.constants}
@@ -68,3 +74,8 @@ def drop_assertions(entry: Entry) -> None:
 def ops(program: Program, entry: str = "forward") -> list[str]:
     """Names of the ops of an entry, in order."""
     return [str(n.target).removesuffix(".default") for n in program.entries[entry].calls()]
+
+
+def reasons(ledger: Ledger) -> list[str]:
+    """Every distinct refusal of the last pass."""
+    return [reason for _, reason in ledger.rows[-1].refusals()]

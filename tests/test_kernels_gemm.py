@@ -84,6 +84,20 @@ def test_matmul_takes_any_strides(isa, threads):
             assert (np.abs(y - left @ right) <= bound(k, left, right)).all(), (batch, m, n, k, flip_a, flip_b)
 
 
+@pytest.mark.parametrize("isa", supported(), ids=lambda isa: isa.name)
+def test_empty_sizes(isa):
+    lib = load(SOURCE, isa)
+    bias, nothing = np.arange(5, dtype=np.float32), np.zeros(64, np.float32)
+    y = np.full((3, 5), np.nan, np.float32)
+    with team(lib, 2) as made:
+        assert run(lib, made, "plain", [3, 5, 0, 0, 5], [y, nothing, nothing, bias]) == 0
+        np.testing.assert_array_equal(y, np.broadcast_to(bias, (3, 5)))
+        assert run(lib, made, "product", [1, 3, 5, 0, 0, 0, 1, 0, 5, 1], [y, nothing, nothing]) == 0
+        assert not y.any()
+        assert run(lib, made, "plain", [0, 5, 4, 4, 5], [None, None, nothing, None]) == 0
+        assert run(lib, made, "product", [0, 3, 5, 2, 6, 2, 1, 10, 5, 1], [None, None, None]) == 0
+
+
 def test_pack_pads_with_zeros():
     packed = pack(np.arange(33 * 2, dtype=np.float32).reshape(33, 2))
 

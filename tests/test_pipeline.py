@@ -38,7 +38,7 @@ class Nothing(Pass):
     def run(self, program: Program) -> Changes:
         changes = Changes()
         changes.refuse("idle", Refusal("there is nothing to do", program.main.calls()[0]))
-        changes.refuse("idle", Refusal("there is nothing to do", program.main.calls()[1]))
+        changes.refuse("idle", Refusal("there is nothing to do", program.main.calls()[-1]))
         return changes
 
 
@@ -117,7 +117,7 @@ def test_errors_name_the_pass() -> None:
 
 
 def test_a_broken_contract_says_where_and_how_much() -> None:
-    with pytest.raises(ContractBroken, match=r"output 'y0' of entry 'forward' changed: relative error .* at most 1e-04"):
+    with pytest.raises(ContractBroken, match=r"output 'y0' of entry 'forward' changed: .* at most 1e-04"):
         Pipeline((DropRelu(),))(tiny())
 
 
@@ -164,7 +164,7 @@ def test_observers_see_every_pass() -> None:
 
     Pipeline((DropZero(), Nothing()), observers=(events.append,))(tiny())
 
-    assert [(e.index, e.step.name, e.row.text) for e in events] == [(0, "drop-zero", "drop-zero"), (1, "nothing", "nothing")]
+    assert [(e.index, e.step.name) for e in events] == [(0, "drop-zero"), (1, "nothing")]
     assert ops(events[-1].program) == ["aten.matmul", "aten.relu"]
 
 

@@ -1,4 +1,4 @@
-"""Every rule proves itself: its pattern matches each spelling of `before`, and both sides agree. No rule is named here."""
+"""Every rule proves itself: its pattern matches each spelling of `before`, and both sides agree; none is named."""
 
 from __future__ import annotations
 

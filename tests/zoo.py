@@ -220,6 +220,7 @@ ENTRIES: dict[str, Entry] = {
     "mlp": Entry(zoo_modules.Mlp, rows),
 }  # fmt: skip
 NAMES = tuple(ENTRIES)
+CAUSAL = tuple(name for name, entry in ENTRIES.items() if entry.causal_lm)
 
 
 @functools.cache
