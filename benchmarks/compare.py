@@ -73,7 +73,7 @@ def language_model(threads: int, runs: int) -> list[Row]:
 
 def sylvester_step(compiled: sv.Compiled, ids: Tensor) -> Engine:
     """One token after a context, the cache position set back after each call."""
-    runner, array = compiled.runner, ids.numpy()
+    runner, array = compiled._runner, ids.numpy()
     state = runner.new_state("prefill", {"input_ids": array[:, :-1]})
     runner.run("prefill", {"input_ids": array[:, :-1]}, state)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from sylvester.codegen.index import Atom, Index, Loaded, Quotient, Remainder, Size, Var, atom, c_text, index, product
 from sylvester.codegen.lazy import Buffer, Reduce, Shape, Store
 from sylvester.codegen.scalar import BYTES, C_TYPES, FLOATS, Expr, Load, c_expression
-from sylvester.codegen.schedule import LoopNest, Member, loads, row_offset, row_variables
+from sylvester.codegen.schedule import LoopNest, Member, certain, certain_in, loads, row_offset, row_variables
 
 MAX_LOCAL_BYTES = 16384
 START = {"sum": "0", "prod": "1", "any": "0", "all": "1"}
@@ -44,6 +44,7 @@ class Emitter:
     sizes: dict[Size, str] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     hoisted: dict[str, str] = field(default_factory=dict)
+    certain: set[Loaded] = field(default_factory=set)
     variables: int = 0
     depth: int = 2
 
@@ -159,6 +160,7 @@ class Emitter:
     def _target(self, buffer: str, place: Index) -> str:
         if buffer in self.private:
             return self._private_text(Load(buffer, place, "f32"))
+        self.certain = set(certain_in(place))
         return f"{self._pointer(buffer)}[{self._index(place)}]"
 
     def _private_text(self, load: Load) -> str:
@@ -173,6 +175,10 @@ class Emitter:
         return self.parameters.setdefault(buffer, f"p{len(self.parameters)}")
 
     def _value(self, element: Expr) -> str:
+        self.certain = set(certain(element))
+        return self._text(element)
+
+    def _text(self, element: Expr) -> str:
         return c_expression(element, self._load, self._index)
 
     def _load(self, load: Load) -> str:
@@ -192,10 +198,10 @@ class Emitter:
         return a.name
 
     def _loaded(self, a: Loaded) -> str:
-        """A checked read of a position; read once per row when it does not change inside the row."""
-        text = self._value(a.expression)
+        """A checked read of a position; read once per row when it is read in any case and the same in the whole row."""
+        text = self._text(a.expression)
         checked = text if a.limit is None else f"sv_index(t, {text}, {self._index(a.limit)})"
-        if any(v.name.startswith("i") for v in a.expression.atoms if isinstance(v, Var)):
+        if a not in self.certain or any(v.name.startswith("i") for v in a.expression.atoms if isinstance(v, Var)):
             return checked
         if checked not in self.hoisted:
             self.hoisted[checked] = f"h{len(self.hoisted)}"

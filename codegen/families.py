@@ -48,7 +48,7 @@ def linear(lowering: Lowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy | N
 
 def _packed(lowering: Lowering, weight: Lazy) -> Buffer | None:
     """The packed weight buffer that `weight` reads whole, if it is one."""
-    indices, element = weight.probe()
+    indices, element = weight.probe
     buffer = lowering.plan.buffers.get(getattr(element, "buffer", ""))
     matches = buffer is not None and buffer.packed and getattr(element, "offset", None) == buffer.offset(indices)
     return buffer if matches else None

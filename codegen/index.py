@@ -60,7 +60,10 @@ class Index:
     terms: tuple[tuple[Monomial, int], ...]
 
     def __add__(self, other: Number) -> Index:
-        return _collect([*self.terms, *index(other).terms])
+        right = index(other)
+        if not (self.terms and right.terms):
+            return self if self.terms else right
+        return _collect([*self.terms, *right.terms])
 
     __radd__ = __add__
 
@@ -75,6 +78,8 @@ class Index:
 
     def __mul__(self, other: Number) -> Index:
         right = index(other)
+        if ONE in (self, right):
+            return right if self == ONE else self
         return _collect([(_sorted(a + b), x * y) for a, x in self.terms for b, y in right.terms])
 
     __rmul__ = __mul__
@@ -124,6 +129,9 @@ class Index:
         return sum_of(c * reduce(Index.__mul__, (_substitute(a, values) for a in m), index(1)) for m, c in self.terms)
 
 
+ZERO, ONE = Index(()), Index((((), 1),))
+
+
 def _substitute(a: Atom, values: Mapping[Atom, Index]) -> Index:
     if a in values:
         return values[a]
@@ -163,7 +171,7 @@ def _collect(terms: Iterable[tuple[Monomial, int]]) -> Index:
 def index(n: Number) -> Index:
     if isinstance(n, Index):
         return n
-    return Index((((), int(n)),)) if n else Index(())
+    return Index((((), int(n)),)) if n else ZERO
 
 
 def atom(a: Atom) -> Index:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from sylvester.codegen.index import Index, Size, Var, atom, flatten, index, product
@@ -51,15 +52,16 @@ class Lazy:
         own = indices[len(indices) - len(self.shape) :]
         return self.load([index(0) if n.constant == 1 else i for i, n in zip(own, self.shape, strict=True)])
 
+    @cached_property
     def probe(self) -> tuple[list[Index], Expr]:
-        """Fresh index variables and the element there."""
+        """Index variables of its own and the element there."""
         indices = [atom(Var(f"q{d}", n)) for d, n in enumerate(self.shape)]
         return indices, self.load(indices)
 
     @property
     def operations(self) -> int:
         """Scalar operations per element."""
-        return self.probe()[1].operations
+        return self.probe[1].operations
 
 
 def of_buffer(buffer: Buffer) -> Lazy:
@@ -77,7 +79,7 @@ class Strided:
 
 def as_strided(tensor: Lazy) -> Strided | None:
     """The view that `tensor` is, or None when it computes something or its layout is not affine."""
-    indices, element = tensor.probe()
+    indices, element = tensor.probe
     if not isinstance(element, Load):
         return None
     strides, offset = [], element.offset

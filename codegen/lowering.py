@@ -113,7 +113,7 @@ class Lowering:
         """
         if self.whole(tensor):
             return tensor
-        indices, element = tensor.probe()
+        indices, element = tensor.probe
         varying = [n if i.variables <= element_variables(element) else index(1) for i, n in zip(indices, tensor.shape, strict=True)]
         buffer = self.buffer("arena", tuple(varying), tensor.dtype)
         self.plan.steps.append(Store(buffer.name, buffer.shape, tensor.dtype, tensor.load, buffer.offset))
@@ -122,7 +122,7 @@ class Lowering:
 
     def whole(self, tensor: Lazy) -> Buffer | None:
         """The buffer that `tensor` is a plain row-major reading of, or None."""
-        indices, element = tensor.probe()
+        indices, element = tensor.probe
         if not isinstance(element, Load):
             return None
         buffer = self.plan.buffers[element.buffer]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
-from sylvester.codegen.index import Index, Loaded, Var, atom, flatten, index, product, within
+from sylvester.codegen.index import Index, Loaded, Quotient, Remainder, Var, atom, flatten, index, product, within
 from sylvester.codegen.lazy import Extern, Plan, Reduce, Shape, Step, Store
 from sylvester.codegen.scalar import Call, Expr, IndexValue, Load
 
@@ -68,46 +69,64 @@ Kernel = LoopNest | ExternCall
 
 
 def schedule(plan: Plan) -> list[Kernel]:
-    """Kernels in an order that respects every dependency."""
+    """Kernels in an order that respects every dependency; steps that nothing needs are left out."""
     kernels: list[Kernel] = []
-    for step in plan.steps:
-        if isinstance(step, Extern):
-            kernels.append(ExternCall(step))
-            continue
-        nest = _home(kernels, step) or LoopNest(_own_rows(step))
-        member = _as_member(step, nest.rows)
-        assert member is not None
-        if not nest.members:
-            kernels.append(nest)
-        nest.add(member)
+    for kernel in _needed([_alone(step) for step in plan.steps], plan):
+        home = _home(kernels, kernel) if isinstance(kernel, LoopNest) else None
+        if home is None:
+            kernels.append(kernel)
+        else:
+            home[0].add(home[1])
     return kernels
 
 
-def _home(kernels: list[Kernel], step: Store | Reduce) -> LoopNest | None:
-    """The latest nest that can take the step without passing a kernel it depends on."""
-    alone = LoopNest(_own_rows(step))
-    own = _as_member(step, alone.rows)
-    assert own is not None
-    alone.add(own)
+def _alone(step: Step) -> Kernel:
+    if isinstance(step, Extern):
+        return ExternCall(step)
+    nest = LoopNest(_own_rows(step))
+    member = _as_member(step, nest.rows)
+    assert member is not None
+    nest.add(member)
+    return nest
+
+
+def _needed(kernels: list[Kernel], plan: Plan) -> list[Kernel]:
+    """Kernels that write an output, a state, or what a later needed kernel reads."""
+    wanted = {b.name for b in plan.buffers.values() if b.kind != "arena"}
+    kept = []
     for kernel in reversed(kernels):
-        if isinstance(kernel, LoopNest) and _fits(kernel, step, alone):
-            return kernel
+        if kernel.writes & wanted:
+            wanted |= kernel.reads
+            kept.append(kernel)
+    return kept[::-1]
+
+
+def _home(kernels: list[Kernel], alone: LoopNest) -> tuple[LoopNest, Member] | None:
+    """The latest nest that can take a step without passing a kernel it depends on, and the step as its member."""
+    for kernel in reversed(kernels):
+        member = _fitted(kernel, alone) if isinstance(kernel, LoopNest) else None
+        if member is not None:
+            return cast(LoopNest, kernel), member
         if alone.reads & kernel.writes or alone.writes & (kernel.reads | kernel.writes):
             return None
     return None
 
 
-def _fits(nest: LoopNest, step: Store | Reduce, alone: LoopNest) -> bool:
-    member = _as_member(step, nest.rows)
+def _fitted(nest: LoopNest, alone: LoopNest) -> Member | None:
+    """The step as a member of the nest, when they share a buffer and its rows read no other row of the nest."""
     related = (alone.reads | alone.writes) & (nest.reads | nest.writes)
-    if member is None or not related or len(nest.members) >= MAX_MEMBERS or alone.writes & (nest.reads | nest.writes):
-        return False
+    if not related or len(nest.members) >= MAX_MEMBERS or alone.writes & (nest.reads | nest.writes):
+        return None
+    member = _as_member(alone.members[0].step, nest.rows)
+    if member is None:
+        return None
     reads = loads(_element(nest.rows, member))
-    return all(row_offset(nest, load) is not None for load in reads if load.buffer in nest.writes)
+    aligned = all(row_offset(nest, load) is not None for load in reads if load.buffer in nest.writes)
+    return member if aligned else None
 
 
 def row_offset(nest: LoopNest, load: Load) -> Index | None:
-    """Where in its own row's part of a buffer written by the nest the load reads, or None if it may read another row."""
+    """Where in its own row's part of a buffer that the nest writes the load reads, or None if it may be another row."""
     writers = nest.written_by(load.buffer)
     if len(writers) != 1:
         return None
@@ -117,8 +136,9 @@ def row_offset(nest: LoopNest, load: Load) -> Index | None:
     if writers[0].place(rows, inner) - base != flatten(inner[: len(written)], written):
         return None
     rest = load.offset - base
-    free = not any(v.name.startswith("r") for v in rest.variables) and not any(isinstance(a, Loaded) for a in rest.atoms)
-    return rest if free and within(rest, product(written)) else None
+    if any(isinstance(a, Loaded) or (isinstance(a, Var) and a.name.startswith("r")) for a in rest.atoms):
+        return None
+    return rest if within(rest, product(written)) else None
 
 
 def row_variables(rows: Shape) -> list[Index]:
@@ -145,6 +165,25 @@ def loads(element: Expr) -> Iterator[Load]:
         for a in element.atoms:
             if isinstance(a, Loaded):
                 yield from loads(a.expression)
+
+
+def certain(element: Expr) -> Iterator[Loaded]:
+    """Integers read from memory on every path through an expression: not those in a branch of `where`."""
+    if isinstance(element, Call):
+        for argument in element.arguments[: 1 if element.function == "where" else None]:
+            yield from certain(argument)
+    elif isinstance(element, (Load, IndexValue)):
+        yield from certain_in(element.offset if isinstance(element, Load) else element.index)
+
+
+def certain_in(position: Index) -> Iterator[Loaded]:
+    for a in (a for monomial, _ in position.terms for a in monomial):
+        if isinstance(a, Loaded):
+            yield a
+            yield from certain(a.expression)
+        if isinstance(a, (Quotient, Remainder)):
+            yield from certain_in(a.top)
+            yield from certain_in(a.bottom)
 
 
 def _units_dropped(shape: Shape) -> Shape:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sylvester.compiler import registry
+from sylvester.compiler.causal_lm import analyse
+from sylvester.compiler.changes import Refusal
 from sylvester.compiler.compiled import Compiled
 from sylvester.compiler.errors import CompileError, Unsupported
 from sylvester.compiler.ledger import Ledger
@@ -40,6 +42,9 @@ RAISE = (
 )
 DERIVE = ("derive-decode",)
 """For causal language models: needs attention and positions in raised form."""
+
+DEFAULT_LENGTH = 2048
+"""Capacity of the caches of a language model that states no limit itself."""
 
 
 def trace(model: Model, example_inputs: Any = None, *, dynamic: Any = None) -> Program:
@@ -77,7 +82,7 @@ def compile(
     try:
         manifest = backend.build(program, chosen, folder, report)
         _add_tokenizer(program, folder)
-        _write_report(folder, Ledger(raised.rows + rewritten.rows))
+        _write_report(folder, Ledger(raised.rows + rewritten.rows, program.info.get("notes", [])))
         replace(manifest, passes=tuple(str(step) for step in steps)).seal(folder)
         return Compiled.owning(folder, threads=threads)
     except BaseException:
@@ -95,10 +100,21 @@ def _trace(
     progress("trace", 1, 1)
     _limit_length(program, max_length)
     program, ledger = _rewrite(program, resolve_passes(RAISE), progress)
-    if program.info.get("kind") == "causal-lm":
-        program, derived = _rewrite(program, resolve_passes(DERIVE), progress)
-        ledger.rows += derived.rows
-    return program, ledger
+    return _derive(program, ledger, progress)
+
+
+def _derive(program: Program, ledger: Ledger, progress: Progress) -> tuple[Program, Ledger]:
+    """Entries `prefill` and `decode` for a causal LM; a language model that does not allow them gets a note."""
+    model = analyse(program)
+    if isinstance(model, Refusal):
+        if program.info.get("kind") == "causal-lm":
+            program.info["notes"].append(f"no prefill and decode entries: {model.reason}")
+        return program, ledger
+    if not (program.info.get("max_length") or model.limit):
+        program.info["max_length"] = DEFAULT_LENGTH
+        program.info["notes"].append(f"the model states no longest sequence: caches hold {DEFAULT_LENGTH} tokens; Target(max_length=) sets it")
+    program, derived = _rewrite(program, resolve_passes(DERIVE), progress)
+    return program, Ledger(ledger.rows + derived.rows)
 
 
 def _limit_length(program: Program, max_length: int) -> None:

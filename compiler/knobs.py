@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from sylvester.compiler.errors import CompileError
+
 
 @dataclass(frozen=True)
 class Knob:
@@ -35,7 +37,7 @@ def threads() -> int:
     """Threads to use: the knob, else the cores this process may run on."""
     text = THREADS.get()
     if not text.isdigit():
-        raise ValueError(f"{THREADS.name} must be a number of threads, found {text!r}")
+        raise CompileError(f"{THREADS.name} must be a number of threads, found {text!r}", hint=f"unset {THREADS.name}, or 0 for all cores")
     return int(text) or len(os.sched_getaffinity(0))
 
 

@@ -11,7 +11,7 @@ from sylvester.compiler.changes import Changes
 from sylvester.compiler.cost import program_cost
 from sylvester.compiler.program import Program
 
-HEADINGS = ("pass", "contract", "applied", "refused", "nodes", "weights MB", "Mflop", "ms", "max error")
+HEADINGS = ("pass", "contract", "applied", "refused", "nodes", "weights MB", "Mflop", "pass ms", "run ms", "max error")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,10 @@ class Facts:
 
 @dataclass(frozen=True)
 class Row:
-    """One pass. `error` is the largest relative error of any output; None when nothing was compared."""
+    """One pass. `error` is the largest relative error of any output; None when nothing was compared.
+
+    `runs` is how many seconds plain PyTorch took for the examples of every entry before and after, when they were run.
+    """
 
     text: str
     contract: str
@@ -39,6 +42,7 @@ class Row:
     after: Facts
     seconds: float
     error: float | None = None
+    runs: tuple[float, float] | None = None
 
     def refusals(self) -> dict[tuple[str, str], tuple[int, str]]:
         """(rule, reason) -> how often, and the first place."""
@@ -57,19 +61,22 @@ class Row:
             _arrow(f"{before.parameter_bytes / 1e6:.2f}", f"{after.parameter_bytes / 1e6:.2f}"),
             _arrow(f"{before.flops / 1e6:.1f}", f"{after.flops / 1e6:.1f}"),
             f"{self.seconds * 1e3:.0f}",
+            "-" if self.runs is None else _arrow(*(f"{t * 1e3:.1f}" for t in self.runs)),
             "-" if self.error is None else f"{self.error:.1e}",
         )
 
 
 @dataclass
 class Ledger:
-    """Rows in the order the passes ran."""
+    """Rows in the order the passes ran, and notes about the capture (dimensions that became fixed, what was left out)."""
 
     rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         """An aligned table, then what each pass applied by rule and each distinct refusal with its reason."""
-        return "\n".join([*_table([HEADINGS, *(row.cells() for row in self.rows)]), *self._details()])
+        notes = [f"note: {note}" for note in self.notes]
+        return "\n".join([*_table([HEADINGS, *(row.cells() for row in self.rows)]), *self._details(), *notes])
 
     def _details(self) -> list[str]:
         lines = []
@@ -93,6 +100,7 @@ class Ledger:
                 "after": asdict(row.after),
                 "seconds": row.seconds,
                 "error": row.error,
+                "runs": row.runs,
             }
             for row in self.rows
         ]

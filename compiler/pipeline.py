@@ -89,15 +89,24 @@ class Witness:
 
     def __init__(self) -> None:
         self.last: Results | None = None
+        self.seconds = 0.0
 
-    def before(self, program: Program) -> None:
+    def before(self, program: Program) -> float:
+        """Make sure there are results to compare with; returns the seconds they took."""
         if self.last is None:
-            self.last = evaluate(program)
+            self.last = self._evaluate(program)
+        return self.seconds
 
     def after(self, program: Program) -> float | None:
         """The error against the results before; they become the reference of the next pass."""
-        before, self.last = self.last, evaluate(program)
+        before, self.last = self.last, self._evaluate(program)
         return require_same(before or {}, self.last)
+
+    def _evaluate(self, program: Program) -> Results:
+        start = time.perf_counter()
+        results = evaluate(program)
+        self.seconds = time.perf_counter() - start
+        return results
 
     def forget(self) -> None:
         self.last = None
@@ -106,8 +115,7 @@ class Witness:
 def _apply(step: Pass, program: Program, before: Facts, witness: Witness | None) -> Row:
     step.requires(program)
     checked = witness if step.contract == "exact" else None
-    if checked:
-        checked.before(program)
+    ran_before = checked.before(program) if checked else 0.0
     start = time.perf_counter()
     changes = step.run(program)
     program.sweep()
@@ -116,7 +124,8 @@ def _apply(step: Pass, program: Program, before: Facts, witness: Witness | None)
     error = checked.after(program) if checked else None
     if witness and not checked:
         witness.forget()
-    return Row(str(step), step.contract, changes, before, Facts.of(program), seconds, error)
+    runs = (ran_before, checked.seconds) if checked else None
+    return Row(str(step), step.contract, changes, before, Facts.of(program), seconds, error, runs)
 
 
 @contextmanager

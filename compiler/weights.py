@@ -67,7 +67,8 @@ class ParameterStore(Mapping[str, Tensor]):
 
     def save(self, path: Path) -> None:
         """Write one safetensors file; aliases go into its metadata."""
-        metadata = {ALIAS_PREFIX + name: to for name, to in self.aliases.items()}
+        # A file with neither tensors nor metadata cannot be read back.
+        metadata = {"format": "pt"} | {ALIAS_PREFIX + name: to for name, to in self.aliases.items()}
         save_file({k: v.contiguous() for k, v in self._tensors.items()}, path, metadata=metadata)
 
     @staticmethod

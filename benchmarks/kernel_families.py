@@ -1,6 +1,6 @@
 """CPU kernel families against torch, interleaved in one run: ratio of best times, GF/s and GB/s.
 
-Run from the project root: python -m benchmarks.kernels [linear|matmul|attention|conv2d ...] [--threads N] [--isa NAME]
+Run from the project root: python -m benchmarks.kernel_families [linear|matmul|attention|conv2d ...] [--threads N] [--isa NAME]
 """
 
 from __future__ import annotations
