@@ -32,7 +32,7 @@ golden: $(READY) ## rewrite tests/golden from actual output, to be reviewed with
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --update-golden $(ARGS)
 
 bench: $(READY) ## run every benchmark and print ratios against its peers
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python -m benchmarks.$$(basename $$file .py); done
 
 venv: $(READY)
 

@@ -1,8 +1,8 @@
 """The shipped language model and MiniLM in fp32: sylvester beside eager PyTorch and torch.compile, interleaved.
 
-    python benchmarks/compare.py [--threads 2] [--runs 15] [--json out.json]
+    python -m benchmarks.compare [--threads 2] [--runs 15] [--json out.json] [--svg out.svg]
 
-Prints medians, ratios to sylvester, and each engine's error against float64.
+Prints medians, ratios to sylvester, and each engine's error against float64; `--svg` draws the medians.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--svg", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
@@ -49,6 +50,8 @@ def main() -> None:
         print(f"{row.work:24} {row.engine:14} {row.milliseconds:9.3f} ms  {row.ratio:5.2f}x  error {row.error:.1e}")
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    if options.svg:
+        options.svg.write_text(drawing(rows))
 
 
 def language_model(threads: int, runs: int) -> list[Row]:
@@ -138,6 +141,26 @@ def measure(work: str, engines: dict[str, Engine], exact: Tensor, runs: int) -> 
 
 def error(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).abs().max() / exact.abs().max())
+
+
+def drawing(rows: list[Row]) -> str:
+    """Horizontal bars, one group per work, as long as the time relative to the slowest engine of the group."""
+    lines, y = [], 10
+    for work in dict.fromkeys(row.work for row in rows):
+        group = [row for row in rows if row.work == work]
+        slowest = max(row.milliseconds for row in group)
+        lines.append(f'<text x="10" y="{y + 13}" font-weight="bold">{work}</text>')
+        for row in group:
+            y += 20
+            colour = "#2563eb" if row.engine == "sylvester" else "#9ca3af"
+            width = 380 * row.milliseconds / slowest
+            lines.append(f'<text x="10" y="{y + 13}">{row.engine}</text>')
+            lines.append(f'<rect x="120" y="{y + 2}" width="{width:.0f}" height="14" rx="2" fill="{colour}"/>')
+            lines.append(f'<text x="{126 + width:.0f}" y="{y + 13}">{row.milliseconds:.2f} ms</text>')
+        y += 32
+    style = 'font-family="system-ui, sans-serif" font-size="13"'
+    frame = f'<svg xmlns="http://www.w3.org/2000/svg" width="600" height="{y}" viewBox="0 0 600 {y}" {style}>'
+    return "\n".join([frame, '<rect width="100%" height="100%" fill="white"/>', *lines, "</svg>"]) + "\n"
 
 
 if __name__ == "__main__":

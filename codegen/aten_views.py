@@ -66,6 +66,11 @@ def transpose(_: Lowering, fact: Fact, a: Lazy, first: int, second: int) -> Lazy
     return reindexed(fact, a, lambda i: [i[d] for d in order])
 
 
+@lowers(aten.mT.default)
+def matrix_transpose(lowering: Lowering, fact: Fact, a: Lazy) -> Lazy:
+    return transpose(lowering, fact, a, -2, -1)
+
+
 @lowers(aten.movedim.int)
 def movedim(lowering: Lowering, fact: Fact, a: Lazy, source: int, destination: int) -> Lazy:
     rank = len(a.shape)
@@ -74,7 +79,7 @@ def movedim(lowering: Lowering, fact: Fact, a: Lazy, source: int, destination: i
     return permute(lowering, fact, a, order)
 
 
-@lowers(aten.t.default)
+@lowers(aten.t.default, aten.numpy_T.default)
 def t(_: Lowering, fact: Fact, a: Lazy) -> Lazy:
     return reindexed(fact, a, lambda i: list(reversed(i)))
 

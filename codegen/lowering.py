@@ -15,6 +15,7 @@ from sylvester.codegen.index import Index, Size, index
 from sylvester.codegen.lazy import Buffer, BufferKind, Extern, Indices, Lazy, Plan, Reduce, ReduceKind, Shape, Store, of_buffer
 from sylvester.codegen.scalar import Constant, Expr, IndexValue, Load
 from sylvester.codegen.shapes import dtype_of, shape_of, size
+from sylvester.compiler import ops  # noqa: F401  (registers the dialect, which lowerings name)
 from sylvester.compiler.errors import Unsupported
 from sylvester.compiler.printing import op_name
 from sylvester.compiler.program import Entry, Program, binding, is_weight, value

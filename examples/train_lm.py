@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--valid", type=Path, required=True, help="folder of .txt files to report perplexity on")
     parser.add_argument("--out", type=Path, required=True, help="Hugging Face folder to write")
     parser.add_argument("--work", type=Path, default=Path("build/train_lm"), help="checkpoints")
-    parser.add_argument("--passes", type=float, default=3.2, help="passes over the text")
+    parser.add_argument("--passes", type=float, default=3.0, help="passes over the text")
     parser.add_argument("--max-steps", type=int, default=None, help="stop early (to try the script)")
     return parser.parse_args()
 

@@ -251,7 +251,8 @@ def views() -> Iterator[Case]:
     yield from c((aten.view_as.default, aten.expand_as.default), f("n", 3), f("n", 3))
     yield from c(aten.permute.default, f("n", 3, "m"), [2, -3, 1])
     yield from c(aten.transpose.int, f("n", 3, "m"), -1, 0)
-    yield from c(aten.t.default, f("n", "m"))
+    yield from c((aten.t.default, aten.numpy_T.default), f("n", "m"))
+    yield from c(aten.mT.default, f("n", 3, "m"))
     yield from c((aten.expand.default, aten.broadcast_to.default), f("m", 3, 1), ["m", 3, 4])
     yield from c(aten.expand.default, f("n", 1), [-1, 4])
     for bounds in ((1, 3), (-2, None), (None, -1), (0, 2**63 - 1), (-99, 2), (1, 99)):
