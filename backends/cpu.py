@@ -37,7 +37,9 @@ class Cpu(Backend):
         progress("compile", 0, len(isas))
         with ThreadPoolExecutor(BUILDERS) as pool:
             jobs = [
-                pool.submit(build_shared, compiled.unit.text(isa), folder / "code" / f"{isa.name}.so", isa, compiler=compiler)
+                pool.submit(
+                    build_shared, compiled.unit.text(isa), folder / "code" / f"{isa.name}.so", isa, compiler=compiler
+                )
                 for isa in isas
             ]
             for done, job in enumerate(jobs):
@@ -58,11 +60,13 @@ def _chosen(target: Target) -> list[Isa]:
 
 
 def _require_float32(program: Program) -> None:
-    wrong = {key: t.dtype for key, t in program.weights.items() if t.dtype in (torch.float64, torch.float16, torch.bfloat16)}
+    wrong = {
+        key: t.dtype for key, t in program.weights.items() if t.dtype in (torch.float64, torch.float16, torch.bfloat16)
+    }
     if wrong:
         key, dtype = next(iter(wrong.items()))
         raise Unsupported(
-            f"the cpu target computes in float32, found {len(wrong)} weights of other float types, e.g. {key!r}: {dtype}",
+            f"the cpu target computes in float32, found {len(wrong)} weights of other float types: {key!r} is {dtype}",
             hint="call model.float() before compiling",
         )
 

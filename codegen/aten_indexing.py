@@ -23,7 +23,7 @@ def loaded(value: Expr, limit: Index) -> Index:
     """A position computed at run time, checked there against [0, limit)."""
     if isinstance(value, IndexValue):
         return value.index
-    return atom(Loaded(cast(value, "i64"), limit))
+    return index(int(value.value)) if isinstance(value, Constant) else atom(Loaded(cast(value, "i64"), limit))
 
 
 @lowers(aten.embedding.default)
@@ -47,7 +47,9 @@ def gather(_: Lowering, fact: Fact, a: Lazy, dim: int, ids: Lazy, **__: object) 
 def advanced_index(_: Lowering, fact: Fact, a: Lazy, selectors: Sequence[Lazy | None]) -> Lazy:
     """a[ids, ...]: the selectors broadcast together and stand where the first of them stands when they are adjacent."""
     if any(s is not None and s.dtype == "b8" for s in selectors):
-        raise Unsupported("indexing by a boolean mask has no lowering: its size depends on values", hint="use torch.where")
+        raise Unsupported(
+            "indexing by a boolean mask has no lowering: its size depends on values", hint="use torch.where"
+        )
     places = [d for d, s in enumerate(selectors) if s is not None]
     rank = max(len(s.shape) for s in selectors if s is not None)
     adjacent = places == list(range(places[0], places[-1] + 1))
@@ -77,7 +79,9 @@ def constant_pad(_: Lowering, fact: Fact, a: Lazy, amounts: Sequence[Any], value
 
 
 @lowers(aten.pad.default)
-def pad(lowering: Lowering, fact: Fact, a: Lazy, amounts: Sequence[Any], mode: str = "constant", value: float | None = None) -> Lazy:
+def pad(
+    lowering: Lowering, fact: Fact, a: Lazy, amounts: Sequence[Any], mode: str = "constant", value: float | None = None
+) -> Lazy:
     """`amounts` are (before, after) pairs from the last dimension backwards."""
     if mode == "constant":
         return constant_pad(lowering, fact, a, amounts, value)
@@ -149,8 +153,9 @@ def upsample_nearest(_: Lowering, fact: Fact, a: Lazy, output: object, factors: 
     spatial = len(fact.shape) - 2
 
     def where(i: Indices) -> list[Index]:
-        moved = [_floor_source(i[2 + d], a.shape[2 + d], fact.shape[2 + d], factors and factors[d]) for d in range(spatial)]
-        return [*i[:2], *moved]
+        scales: list[float | None] = [*factors] if factors else [None] * spatial
+        sizes = zip(i[2:], a.shape[2:], fact.shape[2:], scales, strict=True)
+        return [*i[:2], *(_floor_source(*size) for size in sizes)]
 
     return reindexed(fact, a, where)
 

@@ -74,9 +74,15 @@ def _rms_norm(lowering: Lowering, fact: Fact, x: Lazy, dims: Sequence[int], weig
 
 @lowers(aten.layer_norm.default)
 def layer_norm(
-    lowering: Lowering, fact: Fact, x: Lazy, sizes: Sequence[Any], weight: Lazy | None = None, bias: Lazy | None = None,
-    eps: float = 1e-5, *_: Any,
-) -> Lazy:  # fmt: skip
+    lowering: Lowering,
+    fact: Fact,
+    x: Lazy,
+    sizes: Sequence[Any],
+    weight: Lazy | None = None,
+    bias: Lazy | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Lazy:
     return _layer_norm(lowering, fact, x, sizes, weight, bias, eps)[0]
 
 
@@ -104,9 +110,15 @@ def _layer_norm(
 
 @lowers(aten.group_norm.default)
 def group_norm(
-    lowering: Lowering, fact: Fact, x: Lazy, groups: int, weight: Lazy | None = None, bias: Lazy | None = None,
-    eps: float = 1e-5, *_: Any,
-) -> Lazy:  # fmt: skip
+    lowering: Lowering,
+    fact: Fact,
+    x: Lazy,
+    groups: int,
+    weight: Lazy | None = None,
+    bias: Lazy | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Lazy:
     channels = x.shape[1] // groups
     source = stored(lowering, x)
     shape = (x.shape[0], index(groups), channels, *x.shape[2:])
@@ -134,9 +146,18 @@ def _channels(parameter: Lazy, rank: int) -> Lazy:
 
 @lowers(aten.batch_norm.default)
 def batch_norm(
-    lowering: Lowering, fact: Fact, x: Lazy, weight: Lazy | None, bias: Lazy | None, average: Lazy | None, variance: Lazy | None,
-    training: bool, momentum: float, eps: float, *_: Any,
-) -> Lazy:  # fmt: skip
+    lowering: Lowering,
+    fact: Fact,
+    x: Lazy,
+    weight: Lazy | None,
+    bias: Lazy | None,
+    average: Lazy | None,
+    variance: Lazy | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *_: Any,
+) -> Lazy:
     if training or average is None or variance is None:
         raise Unsupported("batch norm by the statistics of the batch has no lowering", hint="call model.eval() first")
     rank, shift = len(x.shape), _channels(average, len(x.shape))
@@ -152,9 +173,18 @@ def batch_norm(
 
 @lowers(aten.instance_norm.default)
 def instance_norm(
-    lowering: Lowering, fact: Fact, x: Lazy, weight: Lazy | None, bias: Lazy | None, average: Lazy | None, variance: Lazy | None,
-    use_input: bool, momentum: float, eps: float, *_: Any,
-) -> Lazy:  # fmt: skip
+    lowering: Lowering,
+    fact: Fact,
+    x: Lazy,
+    weight: Lazy | None,
+    bias: Lazy | None,
+    average: Lazy | None,
+    variance: Lazy | None,
+    use_input: bool,
+    momentum: float,
+    eps: float,
+    *_: Any,
+) -> Lazy:
     """Each channel of each example by its own statistics, or by stored ones."""
     if not use_input:
         return batch_norm(lowering, fact, x, weight, bias, average, variance, False, momentum, eps)

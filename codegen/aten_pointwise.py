@@ -166,8 +166,16 @@ def lerp(_: Lowering, fact: Fact, a: Operand, b: Operand, weight: Operand) -> La
 
 
 @lowers(
-    aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.to.device,
-    aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.type_as.default,
-)  # fmt: skip
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.to.device,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+    aten.type_as.default,
+)
 def convert(_: Lowering, fact: Fact, a: Lazy, *__: object, **___: object) -> Lazy:
     return pointwise(fact, lambda x: x, a)

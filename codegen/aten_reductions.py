@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sylvester.codegen.aten_views import along, cat
-from sylvester.codegen.elementwise import call, choose, is_test, pointwise, scaled, value_of
+from sylvester.codegen.elementwise import call, choose, is_test, pointwise, value_of
 from sylvester.codegen.index import Index, index, product
 from sylvester.codegen.lazy import Indices, Lazy, ReduceKind, Shape
 from sylvester.codegen.lowering import Fact, Lowering, lowers
@@ -150,12 +150,20 @@ def _spread_measure(finish: Callable[[Lazy], Lazy], packet: Any) -> None:
 
     @lowers(packet.correction)
     def corrected(
-        lowering: Lowering, fact: Fact, x: Lazy, dims: Dims = None, *, correction: float | None = None, keepdim: bool = False
+        lowering: Lowering,
+        fact: Fact,
+        x: Lazy,
+        dims: Dims = None,
+        *,
+        correction: float | None = None,
+        keepdim: bool = False,
     ) -> Lazy:
         return measured(lowering, fact, x, dims, correction)
 
     @lowers(packet.dim)
-    def unbiased_over(lowering: Lowering, fact: Fact, x: Lazy, dims: Dims, unbiased: bool = True, keepdim: bool = False) -> Lazy:
+    def unbiased_over(
+        lowering: Lowering, fact: Fact, x: Lazy, dims: Dims, unbiased: bool = True, keepdim: bool = False
+    ) -> Lazy:
         return measured(lowering, fact, x, dims, int(unbiased))
 
     @lowers(packet.default)
@@ -173,7 +181,13 @@ _spread_measure(_root, aten.std)
 
 @lowers(aten.var_mean.correction)
 def var_mean(
-    lowering: Lowering, facts: Any, x: Lazy, dims: Dims = None, *, correction: float | None = None, keepdim: bool = False
+    lowering: Lowering,
+    facts: Any,
+    x: Lazy,
+    dims: Dims = None,
+    *,
+    correction: float | None = None,
+    keepdim: bool = False,
 ) -> list[Lazy]:
     chosen = axes(x, dims)
     found = _variance(lowering, x, chosen, correction)
@@ -190,13 +204,17 @@ def vector_norm(
     if math.isinf(p):
         kind: ReduceKind = "max" if p > 0 else "min"
         return kept(fact, reduced_over(lowering, kind, source, chosen, "f32", lambda e, _: call("abs", e)), chosen)
-    power = Constant(p, "f32")
-    terms: dict[float, Callable[[Expr], Expr]] = {1.0: lambda e: call("abs", e), 2.0: lambda e: call("mul", e, e)}
-    term = terms.get(p, lambda e: call("pow", call("abs", e), power))
-    total = kept(fact, reduced_over(lowering, "sum", source, chosen, "f32", lambda e, _: term(e)), chosen)
+    total = kept(fact, reduced_over(lowering, "sum", source, chosen, "f32", lambda e, _: _norm_term(e, p)), chosen)
     if p == 2.0:
         return _root(total)
     return total if p == 1.0 else pointwise(fact, lambda t: call("pow", t, Constant(1 / p, "f32")), total)
+
+
+def _norm_term(x: Expr, p: float) -> Expr:
+    if p == 2.0:
+        return call("mul", x, x)
+    magnitude = call("abs", x)
+    return magnitude if p == 1.0 else call("pow", magnitude, Constant(p, "f32"))
 
 
 @lowers(aten.cumsum.default)
@@ -214,7 +232,13 @@ def cumsum(lowering: Lowering, fact: Fact, x: Lazy, dim: int, **_: Any) -> Lazy:
 
 @lowers(aten.diff.default)
 def diff(
-    lowering: Lowering, fact: Fact, x: Lazy, n: int = 1, dim: int = -1, prepend: Lazy | None = None, append: Lazy | None = None
+    lowering: Lowering,
+    fact: Fact,
+    x: Lazy,
+    n: int = 1,
+    dim: int = -1,
+    prepend: Lazy | None = None,
+    append: Lazy | None = None,
 ) -> Lazy:
     parts = [part for part in (prepend, x, append) if part is not None]
     dim %= len(x.shape)
@@ -251,7 +275,3 @@ def affine(fact: Fact, x: Lazy, scale: Lazy | None, shift: Lazy | None) -> Lazy:
     if scale is not None:
         x = pointwise(fact, lambda e, s: call("mul", e, s), x, scale)
     return x if shift is None else pointwise(fact, lambda e, s: call("add", e, s), x, shift)
-
-
-def weighted(fact: Fact, x: Lazy, alpha: float) -> Lazy:
-    return pointwise(fact, lambda e: scaled(e, alpha), x)

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from sylvester.codegen.index import Index, flatten, index, product, unflatten
-from sylvester.codegen.lazy import Indices, Lazy, Shape, Store, of_buffer
+from sylvester.codegen.lazy import Buffer, Indices, Lazy, Shape, Store, of_buffer
 from sylvester.codegen.lowering import Fact, Lowering, lowers
-from sylvester.codegen.scalar import Expr, cast
+from sylvester.codegen.scalar import cast
 from sylvester.codegen.shapes import shape_of, size
 
 aten = torch.ops.aten
 END = 2**62
+Move = Callable[[Indices], list[Index]]
 
 
 def reindexed(fact: Fact, source: Lazy, where: Callable[[Indices], Sequence[Index]]) -> Lazy:
@@ -23,10 +24,14 @@ def reindexed(fact: Fact, source: Lazy, where: Callable[[Indices], Sequence[Inde
     return Lazy(fact.shape, fact.dtype, lambda i: source.load(where(i)))
 
 
-def along(dim: int, rank: int, move: Callable[[Index], Index]) -> Callable[[Indices], list[Index]]:
+def along(dim: int, rank: int, move: Callable[[Index], Index]) -> Move:
     """Indices with the one of axis `dim` moved."""
     axis = dim % max(rank, 1)
     return lambda i: [*i[:axis], move(i[axis]), *i[axis + 1 :]]
+
+
+def shifted(dim: int, rank: int, start: Index) -> Move:
+    return along(dim, rank, lambda x: x + start)
 
 
 @lowers(
@@ -151,9 +156,7 @@ def roll(lowering: Lowering, fact: Fact, a: Lazy, shifts: Any, dims: Any = ()) -
     steps = [size(s) for s in steps]
     if axes:
         moved = dict(zip([d % len(a.shape) for d in axes], steps, strict=True))
-        return reindexed(
-            fact, a, lambda i: [(x - moved[d]) % a.shape[d] if d in moved else x for d, x in enumerate(i)]
-        )
+        return reindexed(fact, a, lambda i: [(x - moved[d]) % a.shape[d] if d in moved else x for d, x in enumerate(i)])
     count = product(a.shape)
     return reindexed(fact, a, lambda i: unflatten((flatten(i, a.shape) - steps[0]) % count, a.shape))
 
@@ -198,27 +201,26 @@ def cat(lowering: Lowering, fact: Fact, parts: Sequence[Lazy], dim: int = 0) -> 
     buffer = lowering.buffer("arena", fact.shape, fact.dtype)
     start = index(0)
     for part in (p for p in parts if not any(n.constant == 0 for n in p.shape)):
-        shifted = along(dim, len(fact.shape), lambda x, start=start: x + start)
-
-        def place(i: Indices, shifted: Callable[[Indices], list[Index]] = shifted) -> Index:
-            return buffer.offset(shifted(i))
-
-        def make(i: Indices, part: Lazy = part) -> Expr:
-            return cast(part.load(i), fact.dtype)
-
-        lowering.plan.steps.append(Store(buffer.name, part.shape, fact.dtype, make, place))
+        lowering.plan.steps.append(_stored_at(buffer, part, shifted(dim, len(fact.shape), start)))
         start = start + part.shape[dim]
     return of_buffer(buffer)
+
+
+def _stored_at(buffer: Buffer, part: Lazy, move: Move) -> Store:
+    dtype = buffer.dtype
+    return Store(buffer.name, part.shape, dtype, lambda i: cast(part.load(i), dtype), lambda i: buffer.offset(move(i)))
 
 
 @lowers(aten.stack.default)
 def stack(lowering: Lowering, fact: Fact, parts: Sequence[Lazy], dim: int = 0) -> Lazy:
     dim %= len(fact.shape)
-    widened = []
-    for part in parts:
-        shape = (*part.shape[:dim], index(1), *part.shape[dim:])
-        widened.append(Lazy(shape, part.dtype, lambda i, part=part: part.load([*i[:dim], *i[dim + 1 :]])))
-    return cat(lowering, fact, widened, dim)
+    return cat(lowering, fact, [_widened(part, dim) for part in parts], dim)
+
+
+def _widened(a: Lazy, dim: int) -> Lazy:
+    """With a new axis of size 1 at `dim`."""
+    shape = (*a.shape[:dim], index(1), *a.shape[dim:])
+    return Lazy(shape, a.dtype, lambda i: a.load([*i[:dim], *i[dim + 1 :]]))
 
 
 @lowers(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.split.sizes)
@@ -227,17 +229,15 @@ def split(lowering: Lowering, facts: Sequence[Any], a: Lazy, sizes: object, dim:
     parts = []
     for fact in facts:
         described = Fact(shape_of(fact), a.dtype)
-        parts.append(reindexed(described, source, along(dim, len(a.shape), lambda x, start=start: x + start)))
+        parts.append(reindexed(described, source, shifted(dim, len(a.shape), start)))
         start = start + described.shape[dim]
     return parts
 
 
 @lowers(aten.unbind.int)
 def unbind(lowering: Lowering, facts: Sequence[Any], a: Lazy, dim: int = 0) -> list[Lazy]:
-    dim %= len(a.shape)
     source = of_buffer(lowering.contiguous(a))
-    shape = (*a.shape[:dim], *a.shape[dim + 1 :])
-    return [Lazy(shape, a.dtype, lambda i, n=n: source.load([*i[:dim], index(n), *i[dim:]])) for n in range(len(facts))]
+    return [select(lowering, Fact(shape_of(fact), a.dtype), source, dim, n) for n, fact in enumerate(facts)]
 
 
 @lowers(operator.getitem)

@@ -21,28 +21,44 @@ Geometry = int | Sequence[int]
 
 @lowers(aten.conv2d.default)
 def convolution_2d(
-    lowering: Lowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy | None = None, stride: Geometry = 1, padding: Geometry = 0,
-    dilation: Geometry = 1, groups: int = 1,
-) -> Lazy:  # fmt: skip
+    lowering: Lowering,
+    fact: Fact,
+    x: Lazy,
+    weight: Lazy,
+    bias: Lazy | None = None,
+    stride: Geometry = 1,
+    padding: Geometry = 0,
+    dilation: Geometry = 1,
+    groups: int = 1,
+) -> Lazy:
     shape = [n.constant for n in weight.shape]
     if None in shape:
         raise Unsupported(f"convolution weight of shape {shape} has a size that is not a number")
     out_channels, per_group, *kernel = (int(n or 0) for n in shape)
     if len(x.shape) != len(weight.shape):
         raise Unsupported(f"a convolution over {len(x.shape)} axes has no lowering", hint="add a batch axis")
-    geometry = (_pair(n) for n in (kernel, stride, padding, dilation))
-    conv = Conv2d(per_group * groups, out_channels, *geometry, groups)
+    size, step, edge, spread = (_pair(n) for n in (kernel, stride, padding, dilation))
+    conv = Conv2d(per_group * groups, out_channels, size, step, edge, spread, groups)
     return _call(lowering, fact, conv, x, weight, bias)
 
 
 @lowers(aten.conv1d.default)
 def convolution_1d(
-    lowering: Lowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy | None = None, stride: Geometry = 1, padding: Geometry = 0,
-    dilation: Geometry = 1, groups: int = 1,
-) -> Lazy:  # fmt: skip
+    lowering: Lowering,
+    fact: Fact,
+    x: Lazy,
+    weight: Lazy,
+    bias: Lazy | None = None,
+    stride: Geometry = 1,
+    padding: Geometry = 0,
+    dilation: Geometry = 1,
+    groups: int = 1,
+) -> Lazy:
     """A convolution over images of height 1."""
     flat = Lazy((*x.shape[:2], index(1), x.shape[2]), x.dtype, lambda i: x.load([i[0], i[1], i[3]]))
-    filters = Lazy((*weight.shape[:2], index(1), weight.shape[2]), weight.dtype, lambda i: weight.load([i[0], i[1], i[3]]))
+    filters = Lazy(
+        (*weight.shape[:2], index(1), weight.shape[2]), weight.dtype, lambda i: weight.load([i[0], i[1], i[3]])
+    )
     wide = Fact((*fact.shape[:2], index(1), fact.shape[2]), fact.dtype)
     (s,), (p,), (d,) = (per_axis(n, 1) for n in (stride, padding, dilation))
     y = convolution_2d(lowering, wide, flat, filters, bias, [1, s], [0, p], [1, d], groups)
@@ -51,10 +67,17 @@ def convolution_1d(
 
 @lowers(aten.conv2d.padding, aten.conv1d.padding)
 def convolution_named_padding(
-    lowering: Lowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy | None = None, stride: Geometry = 1, padding: str = "valid",
-    dilation: Geometry = 1, groups: int = 1,
-) -> Lazy:  # fmt: skip
-    """"same" pads so that a stride of 1 keeps the size; an odd amount has its larger half at the end."""
+    lowering: Lowering,
+    fact: Fact,
+    x: Lazy,
+    weight: Lazy,
+    bias: Lazy | None = None,
+    stride: Geometry = 1,
+    padding: str = "valid",
+    dilation: Geometry = 1,
+    groups: int = 1,
+) -> Lazy:
+    """ "same" pads so that a stride of 1 keeps the size; an odd amount has its larger half at the end."""
     spatial = len(weight.shape) - 2
     convolution = convolution_2d if spatial == 2 else convolution_1d
     if padding == "same":

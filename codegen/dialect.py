@@ -57,7 +57,7 @@ def sign_of(second: Index) -> Expr:
 
 @lowers(dialect.kv_update.default)
 def kv_update(lowering: Lowering, fact: Fact, cache: Lazy, new: Lazy, past: Lazy) -> Lazy:
-    """A state buffer is updated in place, anything else copied; the last new position is checked against the capacity."""
+    """A state buffer is updated in place, anything else copied; positions are checked against the capacity."""
     buffer = _writable(lowering, cache)
     capacity, tokens = buffer.shape[2], new.shape[2]
     first = loaded(past.load([]), capacity - tokens + 1)

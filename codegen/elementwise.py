@@ -63,4 +63,5 @@ def choose(condition: Expr, yes: Expr, no: Expr) -> Call:
 
 def value_of(position: Index) -> Expr:
     """An index as a number."""
-    return IndexValue(position)
+    known = position.constant
+    return IndexValue(position) if known is None else Constant(known, "i64")

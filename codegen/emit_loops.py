@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sylvester.codegen.index import Atom, Index, Loaded, Quotient, Remainder, Size, Var, atom, c_text, index, product
-from sylvester.codegen.lazy import Buffer, Reduce, Shape, Store
+from sylvester.codegen.index import Atom, Index, Loaded, Size, Var, atom, c_text, flatten, index, product
+from sylvester.codegen.lazy import Buffer, Reduce, Store
+from sylvester.codegen.loop_axes import split_axes
 from sylvester.codegen.scalar import BYTES, C_TYPES, FLOATS, Expr, Load, c_expression
 from sylvester.codegen.schedule import LoopNest, Member, certain, certain_in, loads, row_offset, row_variables
 
@@ -96,7 +97,7 @@ class Emitter:
 
     def _member(self, number: int, member: Member) -> None:
         rows = row_variables(self.nest.rows)
-        axes = _split_axes(member, rows, member.inner)
+        axes = split_axes(member, rows, member.inner)
         inner: list[Index] = []
         loops: list[Var] = []
         for parts in axes:
@@ -123,31 +124,43 @@ class Emitter:
         self._close(len(loops))
 
     def _reduce(
-        self, number: int, step: Reduce, loops: Sequence[Var], kept: int, element: Expr, place: Index, reduced: Sequence[Index]
+        self,
+        number: int,
+        step: Reduce,
+        loops: Sequence[Var],
+        kept: int,
+        element: Expr,
+        place: Index,
+        reduced: Sequence[Index],
     ) -> None:
         value, target = self._value(element), self._target(step.buffer, place)
-        total, kind = f"a{number}", step.kind
-        source = element.dtype
         self._open(loops[:kept], "")
-        if kind in ("argmax", "argmin"):
-            at = self._index(_flat(reduced, step.inner))
-            worst = "-INFINITY" if kind == "argmax" else "INFINITY"
-            self._line(f"{C_TYPES[source]} best{number} = {worst if source in FLOATS else _extreme(kind[3:], source)}; int64_t {total} = 0;")
-            self._open(loops[kept:], "")
-            sign = ">" if kind == "argmax" else "<"
-            self._line(f"const {C_TYPES[source]} v = {value}; if (v {sign} best{number}) {{ best{number} = v; {total} = {at}; }}")
+        if step.kind in ("argmax", "argmin"):
+            at = self._index(flatten(reduced, step.inner))
+            self._find(f"a{number}", f"best{number}", step.kind, element.dtype, value, at, loops[kept:])
         else:
-            start = START.get(kind) or _extreme(kind, step.dtype)
-            self._line(f"{C_TYPES[step.dtype]} {total} = {start};")
-            self._open(loops[kept:], f"#pragma omp simd reduction({CLAUSE[kind]}:{total})")
-            once = value if kind not in ("max", "min") else "v"
-            if once == "v":
-                self._line(f"const {C_TYPES[step.dtype]} v = {value};")
-            self._line(COMBINE[kind].format(total, once))
-        self._close(len(loops) - kept)
+            self._accumulate(f"a{number}", step.kind, step.dtype, value, loops[kept:])
         if step.buffer not in self.private:
-            self._line(f"{target} = {total};")
+            self._line(f"{target} = a{number};")
         self._close(kept)
+
+    def _accumulate(self, total: str, kind: str, dtype: str, value: str, loops: Sequence[Var]) -> None:
+        self._line(f"{C_TYPES[dtype]} {total} = {START.get(kind) or _extreme(kind, dtype)};")
+        self._open(loops, f"#pragma omp simd reduction({CLAUSE[kind]}:{total})")
+        if kind in ("max", "min"):  # the combination names its operand twice
+            self._line(f"const {C_TYPES[dtype]} v = {value};")
+            value = "v"
+        self._line(COMBINE[kind].format(total, value))
+        self._close(len(loops))
+
+    def _find(self, at: str, best: str, kind: str, dtype: str, value: str, place: str, loops: Sequence[Var]) -> None:
+        """The first place of the largest or smallest value."""
+        self._line(f"{C_TYPES[dtype]} {best} = {_extreme(kind[3:], dtype)};")
+        self._line(f"int64_t {at} = 0;")
+        self._open(loops, "")
+        self._line(f"const {C_TYPES[dtype]} v = {value};")
+        self._line(f"if (v {'>' if kind == 'argmax' else '<'} {best}) {{ {best} = v; {at} = {place}; }}")
+        self._close(len(loops))
 
     def _declare_private(self, step: Store) -> None:
         (member,) = self.nest.written_by(step.buffer)
@@ -225,49 +238,12 @@ class Emitter:
         self.lines.append("  " * self.depth + text)
 
 
-def _flat(indices: Sequence[Index], shape: Shape) -> Index:
-    offset = index(0)
-    for i, n in zip(indices, shape, strict=True):
-        offset = offset * n + i
-    return offset
-
-
 def _extreme(kind: str, dtype: str) -> str:
     """The value that every other beats."""
     if dtype in FLOATS:
         return "-INFINITY" if kind == "max" else "INFINITY"
     lowest, highest = LIMITS[dtype]
     return lowest if kind == "max" else highest
-
-
-def _split_axes(member: Member, rows: list[Index], inner: Shape) -> list[list[Index]]:
-    """Cut inner axes where the body takes quotients and remainders of them, so that those disappear."""
-    axes: list[list[Index]] = [[n] for n in inner]
-    for _ in range(4):
-        variables = [[atom(Var(f"i{d}_{p}", n)) for p, n in enumerate(parts)] for d, parts in enumerate(axes)]
-        positions = [_flat(v, tuple(parts)) for v, parts in zip(variables, axes, strict=True)]
-        found = {*member.element(rows, positions).atoms, *member.place(rows, positions).atoms}
-        cut = _wanted_cut(found, axes)
-        if cut is None:
-            return axes
-        axis, part, width = cut
-        extent = axes[axis][part].constant
-        assert extent is not None
-        axes[axis][part : part + 1] = [index(extent // width), index(width)]
-    return axes
-
-
-def _wanted_cut(found: set[Atom], axes: list[list[Index]]) -> tuple[int, int, int] | None:
-    for a in sorted((a for a in found if isinstance(a, (Quotient, Remainder))), key=str):
-        width = a.bottom.constant
-        for variable in a.top.variables:
-            if not variable.name.startswith("i") or width is None or a.top.coefficient(variable) != index(1):
-                continue
-            axis, part = (int(n) for n in variable.name[1:].split("_"))
-            extent = axes[axis][part].constant
-            if extent is not None and extent % width == 0 and extent > width:
-                return axis, part, width
-    return None
 
 
 def private_buffers(nest: LoopNest, buffers: dict[str, Buffer], readers: dict[str, int]) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -27,8 +28,8 @@ def linear(lowering: Lowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy | N
     n, k = weight.shape
     if stored is None:
         turned = Lazy((k, n), weight.dtype, lambda i: weight.load([i[1], i[0]]))
-        y = matmul(lowering, fact, x, turned)
-        return y if bias is None else pointwise(fact, lambda a, b: call("add", a, b), y, bias)
+        joined = matmul(lowering, fact, x, turned)
+        return joined if bias is None else pointwise(fact, lambda a, b: call("add", a, b), joined, bias)
     y = lowering.buffer("arena", fact.shape, fact.dtype)
     rows, stride = _rows(lowering, x)
     m = product(fact.shape[:-1])
@@ -71,7 +72,7 @@ def _rows(lowering: Lowering, x: Lazy) -> tuple[Pointer, Index]:
 def _collapsed(strides: Sequence[Index], shape: Shape) -> Index | None:
     """The stride of the axes flattened into one, or None when they do not flatten; unit axes do not matter."""
     axes = [(s, n) for s, n in zip(strides, shape, strict=True) if n.constant != 1]
-    for (outer, _), (inner, n) in zip(axes, axes[1:], strict=False):
+    for (outer, _), (inner, n) in pairwise(axes):
         if outer != inner * n:
             return None
     return axes[-1][0] if axes else index(0)
@@ -90,15 +91,24 @@ def matmul(lowering: Lowering, fact: Fact, a: Lazy, b: Lazy) -> Lazy:
             MATMUL,
             matmul_family.matmul(MATMUL),
             (
-                Pointer(y.name, index(0)), Pointer(a_view.buffer, a_view.offset), Pointer(b_view.buffer, b_view.offset),
-                product(batch), m, n, k, a_batch, *a_view.strides[-2:], b_batch, *b_view.strides[-2:],
+                Pointer(y.name, index(0)),
+                Pointer(a_view.buffer, a_view.offset),
+                Pointer(b_view.buffer, b_view.offset),
+                product(batch),
+                m,
+                n,
+                k,
+                a_batch,
+                *a_view.strides[-2:],
+                b_batch,
+                *b_view.strides[-2:],
             ),
             writes=(y.name,),
             reads=(a_view.buffer, b_view.buffer),
             work=product(batch) * m * n * k,
             scratch=(f"{MATMUL}_scratch", (k,)),
         )
-    )  # fmt: skip
+    )
     return of_buffer(y)
 
 
@@ -122,17 +132,30 @@ def _batched(lowering: Lowering, x: Lazy, batch: Shape) -> tuple[Strided, Index]
 
 
 @lowers(aten.baddbmm.default, aten.addmm.default)
-def baddbmm(lowering: Lowering, fact: Fact, shift: Lazy, a: Lazy, b: Lazy, *, beta: float = 1, alpha: float = 1) -> Lazy:
+def baddbmm(
+    lowering: Lowering, fact: Fact, shift: Lazy, a: Lazy, b: Lazy, *, beta: float = 1, alpha: float = 1
+) -> Lazy:
     y = matmul(lowering, fact, a, b)
     return pointwise(fact, lambda s, p: call("add", scaled(s, float(beta)), scaled(p, float(alpha))), shift, y)
 
 
 @lowers(dialect.attention.default)
 def attention(
-    lowering: Lowering, fact: Fact, q: Lazy, k: Lazy, v: Lazy, mask: Lazy | None, past: Lazy | None, scale: float, causal: bool, window: int
-) -> Lazy:  # fmt: skip
-    kind = "none" if mask is None else "bool" if mask.dtype == "b8" else "float"
+    lowering: Lowering,
+    fact: Fact,
+    q: Lazy,
+    k: Lazy,
+    v: Lazy,
+    mask: Lazy | None,
+    past: Lazy | None,
+    scale: float,
+    causal: bool,
+    window: int,
+) -> Lazy:
+    kind: attention_family.MaskKind = "none" if mask is None else "bool" if mask.dtype == "b8" else "float"
     head_dim, value_dim = q.shape[-1].constant, v.shape[-1].constant
+    if head_dim is None or value_dim is None:
+        raise Unsupported("attention with a symbolic head size has no lowering", hint="make the feature size static")
     name = f"sv_attention_{head_dim}_{value_dim}_{kind}"
     views = [_unit_last(lowering, x) for x in (q, k, v)]
     covering = None if mask is None else _mask_view(lowering, mask, (*q.shape[:3], k.shape[2]))
@@ -146,36 +169,56 @@ def attention(
             f"{name}_call",
             source,
             (
-                Pointer(y.name, index(0)), *(Pointer(w.buffer, w.offset) for w in views),
+                Pointer(y.name, index(0)),
+                *(Pointer(w.buffer, w.offset) for w in views),
                 None if covering is None else Pointer(covering.buffer, covering.offset, "void"),
                 None if position is None else Pointer(position.name, index(0), "i64"),
-                q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], *strides,
-                f"{float(scale)!r}f", index(int(causal)), index(window),
+                q.shape[0],
+                q.shape[1],
+                k.shape[1],
+                q.shape[2],
+                k.shape[2],
+                *strides,
+                f"{float(scale)!r}f",
+                index(int(causal)),
+                index(window),
             ),
             writes=(y.name,),
-            reads=tuple(w.buffer for w in (*views, *([covering] if covering else []))) + ((position.name,) if position else ()),
+            reads=tuple(w.buffer for w in (*views, *([covering] if covering else [])))
+            + ((position.name,) if position else ()),
             work=product(q.shape[:3]) * k.shape[2] * head_dim * 2,
             scratch=(f"{name}_scratch", ()),
         )
-    )  # fmt: skip
+    )
     dim = fact.shape[3]
     return Lazy(fact.shape, fact.dtype, lambda i: of_buffer(y).load([i[0], i[2], i[1] * dim + i[3]]))
 
 
 @lowers(aten.scaled_dot_product_attention.default)
 def scaled_dot_product_attention(
-    lowering: Lowering, fact: Fact, q: Lazy, k: Lazy, v: Lazy, mask: Lazy | None = None, dropout: float = 0.0, causal: bool = False,
-    *, scale: float | None = None, enable_gqa: bool = False,
-) -> Lazy:  # fmt: skip
+    lowering: Lowering,
+    fact: Fact,
+    q: Lazy,
+    k: Lazy,
+    v: Lazy,
+    mask: Lazy | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Lazy:
     """Attention that no pass has raised, over q [..., queries, d] with any number of leading axes."""
     width = q.shape[-1].constant
     if width is None or dropout or len(fact.shape) > 4:
-        raise Unsupported(f"attention over {len(fact.shape)} axes, head size {width}, dropout {dropout} has no lowering")
-    four = [x if len(x.shape) == 4 else _as_four(x) for x in (q, k, v)]
+        raise Unsupported(
+            f"attention over {len(fact.shape)} axes, head size {width}, dropout {dropout} has no lowering"
+        )
+    q, k, v = (x if len(x.shape) == 4 else _as_four(x) for x in (q, k, v))
     wide = Fact(_four(fact.shape), fact.dtype)
     if mask is not None and len(fact.shape) < 4 and len(mask.shape) > 2:
         mask = _as_four(mask)
-    y = attention(lowering, wide, *four, mask, None, width**-0.5 if scale is None else scale, causal, 0)
+    y = attention(lowering, wide, q, k, v, mask, None, width**-0.5 if scale is None else scale, causal, 0)
     if len(fact.shape) == 4:
         return y
     return Lazy(fact.shape, fact.dtype, lambda i: y.load(_pad_indices(i)))

@@ -12,7 +12,19 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from sylvester.codegen.index import Index, Size, index
-from sylvester.codegen.lazy import Buffer, BufferKind, Extern, Indices, Lazy, Plan, Reduce, ReduceKind, Shape, Store, of_buffer
+from sylvester.codegen.lazy import (
+    Buffer,
+    BufferKind,
+    Extern,
+    Indices,
+    Lazy,
+    Plan,
+    Reduce,
+    ReduceKind,
+    Shape,
+    Store,
+    of_buffer,
+)
 from sylvester.codegen.scalar import Constant, Expr, IndexValue, Load
 from sylvester.codegen.shapes import dtype_of, shape_of, size
 from sylvester.compiler import ops  # noqa: F401  (registers the dialect, which lowerings name)
@@ -115,7 +127,10 @@ class Lowering:
         if self.whole(tensor):
             return tensor
         indices, element = tensor.probe
-        varying = [n if i.variables <= element_variables(element) else index(1) for i, n in zip(indices, tensor.shape, strict=True)]
+        varying = [
+            n if i.variables <= element_variables(element) else index(1)
+            for i, n in zip(indices, tensor.shape, strict=True)
+        ]
         buffer = self.buffer("arena", tuple(varying), tensor.dtype)
         self.plan.steps.append(Store(buffer.name, buffer.shape, tensor.dtype, tensor.load, buffer.offset))
         stored = of_buffer(buffer)
@@ -179,7 +194,11 @@ def require_lowerings(entries: Iterable[Entry]) -> None:
                 missing.setdefault(op_name(node.target), node)
     if missing:
         first = next(iter(missing.values()))
-        raise Unsupported(f"cpu has no lowering for {sorted(missing)}", at=first, hint="rewrite the op, or run with target='reference'")
+        raise Unsupported(
+            f"cpu has no lowering for {sorted(missing)}",
+            at=first,
+            hint="rewrite the op, or run with target='reference'",
+        )
 
 
 def element(operand: Lazy | Index | float | int, indices: Sequence[Index], dtype: str) -> Expr:

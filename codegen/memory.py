@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sylvester.codegen.index import Index, Size, index
+from sylvester.codegen.index import Atom, Index, Size, index
 from sylvester.codegen.lazy import Buffer
 from sylvester.codegen.schedule import Kernel
 
@@ -22,22 +22,26 @@ class Slot:
     capacity: int = 0
 
 
-def lifetimes(kernels: Sequence[Kernel], buffers: Mapping[str, Buffer], private: set[str]) -> dict[str, tuple[int, int]]:
+def lifetimes(
+    kernels: Sequence[Kernel], buffers: Mapping[str, Buffer], private: set[str]
+) -> dict[str, tuple[int, int]]:
     """(first, last) kernel that touches each arena buffer that needs memory."""
     spans: dict[str, tuple[int, int]] = {}
     for number, kernel in enumerate(kernels):
-        for name in kernel.reads | kernel.writes:
+        for name in sorted(kernel.reads | kernel.writes):
             if buffers[name].kind == "arena" and name not in private:
                 spans[name] = (spans.get(name, (number, 0))[0], number)
     return spans
 
 
-def assign(spans: Mapping[str, tuple[int, int]], buffers: Mapping[str, Buffer], hints: Mapping[Size, int]) -> list[Slot]:
+def assign(
+    spans: Mapping[str, tuple[int, int]], buffers: Mapping[str, Buffer], hints: Mapping[Size, int]
+) -> list[Slot]:
     """Greedy best fit in order of first use; `hints` give typical sizes to compare buffers by."""
     slots: list[Slot] = []
-    values = {size: index(n) for size, n in hints.items()}
+    values: dict[Atom, Index] = {size: index(n) for size, n in hints.items()}
     for name, (first, last) in sorted(spans.items(), key=lambda item: item[1]):
-        need = buffers[name].nbytes.substitute({**values}).constant or 0
+        need = buffers[name].nbytes.substitute(values).constant or 0
         free = [s for s in slots if s.free_from <= first]
         best = min(free, key=lambda s: (max(need - s.capacity, 0), s.capacity), default=None)
         if best is None or need > 4 * best.capacity:

@@ -40,7 +40,20 @@ class Unit:
         uses_attention = any("sv_attention_args" in source for source in self.sources)
         header = [attention_header()] if uses_attention else []
         loops = [text.replace("NAME", name, 1) for text, name in self.functions.items()]
-        return "\n\n".join([prelude(isa), *header, render("plan.h.in"), render("abi.h.in", ABI=ABI), *self.sources, *loops, *self.plans]) + "\n"
+        return (
+            "\n\n".join(
+                [
+                    prelude(isa),
+                    *header,
+                    render("plan.h.in"),
+                    render("abi.h.in", ABI=ABI),
+                    *self.sources,
+                    *loops,
+                    *self.plans,
+                ]
+            )
+            + "\n"
+        )
 
 
 class _Entry:
@@ -60,7 +73,11 @@ class _Entry:
         pointers = [*(b for kind in ("input", "weight", "state") for b in self.plan.of_kind(kind)), *self.outputs]
         lines = [f"static void sv_plan_{self.plan.name}(const sv_thread *t, void *argument) {{"]
         lines += ["  const sv_call *call = argument;", "  const sv_thread solo = {0, 1, t->team, t->scratch};"]
-        lines += ["  int64_t synced = 0, last_wide = -1;", "  (void)synced, (void)last_wide, (void)solo;", *self._sizes("call->sizes")]
+        lines += [
+            "  int64_t synced = 0, last_wide = -1;",
+            "  (void)synced, (void)last_wide, (void)solo;",
+            *self._sizes("call->sizes"),
+        ]
         lines += [f"  {_pointer_type(b)} *{b.name} = call->buffers[{n}];" for n, b in enumerate(pointers)]
         if self.slots:
             lines += [f"  char *arena = call->buffers[{len(pointers)}];", *self._slot_offsets()]
@@ -85,12 +102,17 @@ class _Entry:
         if not self.slots:
             return "\n".join([*lines, "  return 0;", "}"])
         last = len(self.slots) - 1
-        return "\n".join([*lines, *self._slot_offsets(), f"  return o{last} + sv_align({_largest(self.slots[last])});", "}"])
+        return "\n".join(
+            [*lines, *self._slot_offsets(), f"  return o{last} + sv_align({_largest(self.slots[last])});", "}"]
+        )
 
     def _shapes(self) -> str:
         buffers = [*self.plan.of_kind("input"), *self.outputs, *self.plan.of_kind("state")]
         dims = [n for b in buffers for n in b.shape]
-        lines = [f"SV_EXPORT void sv_shapes_{self.plan.name}(const int64_t *sizes, int64_t *dims) {{", *self._sizes("sizes")]
+        lines = [
+            f"SV_EXPORT void sv_shapes_{self.plan.name}(const int64_t *sizes, int64_t *dims) {{",
+            *self._sizes("sizes"),
+        ]
         lines += [f"  dims[{n}] = {_c(d)};" for n, d in enumerate(dims)]
         return "\n".join([*lines, "}"])
 

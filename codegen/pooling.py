@@ -60,7 +60,14 @@ class Window:
 def _max_pool(rank: int, target: Any) -> None:
     @lowers(target)
     def lower(
-        lowering: Lowering, fact: Fact, x: Lazy, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil: bool = False
+        lowering: Lowering,
+        fact: Fact,
+        x: Lazy,
+        kernel: Any,
+        stride: Any = (),
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil: bool = False,
     ) -> Lazy:
         window = Window.of(rank, kernel, stride, padding, dilation, ceil)
         return lowering.reduce("max", fact.shape, window.taps, "f32", window.elements(stored(lowering, x), -math.inf))

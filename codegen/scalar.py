@@ -8,7 +8,15 @@ from functools import cached_property
 
 from sylvester.codegen.index import Atom, Index
 
-C_TYPES = {"f32": "float", "f64": "double", "i64": "int64_t", "i32": "int32_t", "i8": "int8_t", "u8": "uint8_t", "b8": "uint8_t"}
+C_TYPES = {
+    "f32": "float",
+    "f64": "double",
+    "i64": "int64_t",
+    "i32": "int32_t",
+    "i8": "int8_t",
+    "u8": "uint8_t",
+    "b8": "uint8_t",
+}
 BYTES = {"f32": 4, "f64": 8, "i64": 8, "i32": 4, "i8": 1, "u8": 1, "b8": 1}
 FLOATS = ("f32", "f64")
 
@@ -80,23 +88,42 @@ class Call:
 
 Expr = Load | Constant | IndexValue | Call
 
-COSTLY = dict.fromkeys(("exp", "log", "tanh", "erf", "sin", "cos", "pow", "sigmoid", "gelu", "gelu_tanh", "silu"), 12)
+COSTLY = dict.fromkeys(
+    (
+        "exp",
+        "log",
+        "tanh",
+        "erf",
+        "sin",
+        "cos",
+        "pow",
+        "sigmoid",
+        "gelu",
+        "gelu_tanh",
+        "silu",
+        "log1p",
+        "expm1",
+        "softplus",
+    ),
+    12,
+)
 
 FUNCTIONS: dict[str, str] = {
     "add": "({0} + {1})", "sub": "({0} - {1})", "mul": "({0} * {1})", "div": "({0} / {1})", "neg": "(-{0})",
-    "eq": "({0} == {1})", "ne": "({0} != {1})", "lt": "({0} < {1})", "le": "({0} <= {1})", "gt": "({0} > {1})", "ge": "({0} >= {1})",
+    "eq": "({0} == {1})", "ne": "({0} != {1})", "lt": "({0} < {1})", "le": "({0} <= {1})",
+    "gt": "({0} > {1})", "ge": "({0} >= {1})",
     "and": "({0} & {1})", "or": "({0} | {1})", "xor": "({0} ^ {1})", "not": "(!{0})", "bitnot": "(~{0})",
-    "where": "({0} ? {1} : {2})",
-    "max": "({0} > {1} ? {0} : {1})", "min": "({0} < {1} ? {0} : {1})",
+    "where": "({0} ? {1} : {2})", "max": "({0} > {1} ? {0} : {1})", "min": "({0} < {1} ? {0} : {1})",
     "fmax": "sv_max({0}, {1})", "fmin": "sv_min({0}, {1})",
-    "exp": "sv_exp({0})", "log": "sv_log({0})", "tanh": "sv_tanh({0})", "erf": "sv_erf({0})", "sigmoid": "sv_sigmoid({0})",
-    "gelu": "sv_gelu({0})", "gelu_tanh": "sv_gelu_tanh({0})", "silu": "sv_silu({0})", "softplus": "sv_softplus({0})",
-    "sqrt": "sqrtf({0})", "rsqrt": "(1.0f / sqrtf({0}))", "sin": "sinf({0})", "cos": "cosf({0})", "pow": "powf({0}, {1})",
+    "exp": "sv_exp({0})", "log": "sv_log({0})", "tanh": "sv_tanh({0})", "erf": "sv_erf({0})",
+    "sigmoid": "sv_sigmoid({0})", "silu": "sv_silu({0})", "softplus": "sv_softplus({0})",
+    "gelu": "sv_gelu({0})", "gelu_tanh": "sv_gelu_tanh({0})", "log1p": "sv_log1p({0})", "expm1": "sv_expm1({0})",
+    "sqrt": "sqrtf({0})", "rsqrt": "sv_rsqrt({0})", "sin": "sinf({0})", "cos": "cosf({0})",
+    "pow": "sv_pow({0}, {1})", "log2": "log2f({0})", "log10": "log10f({0})", "atan2": "atan2f({0}, {1})",
     "abs": "fabsf({0})", "floor": "floorf({0})", "ceil": "ceilf({0})", "round": "rintf({0})", "trunc": "truncf({0})",
-    "iabs": "llabs({0})", "idiv": "sv_floor_div({0}, {1})", "imod": "sv_floor_mod({0}, {1})", "rem": "({0} % {1})", "ipow": "sv_power({0}, {1})",
-    "fmod": "fmodf({0}, {1})", "remainder": "sv_remainder({0}, {1})",
+    "iabs": "llabs({0})", "idiv": "sv_floor_div({0}, {1})", "imod": "sv_floor_mod({0}, {1})", "rem": "({0} % {1})",
+    "ipow": "sv_power({0}, {1})", "fmod": "fmodf({0}, {1})", "remainder": "sv_remainder({0}, {1})",
     "floor_quotient": "sv_floor_quotient({0}, {1})", "trunc_quotient": "truncf({0} / {1})",
-    "log1p": "log1pf({0})", "expm1": "expm1f({0})", "log2": "log2f({0})", "log10": "log10f({0})", "atan2": "atan2f({0}, {1})",
     "isnan": "({0} != {0})",
 }  # fmt: skip
 
@@ -138,5 +165,9 @@ def c_expression(value: Expr, load: Callable[[Load], str], position: Callable[[I
     arguments = [c_expression(a, load, position) for a in value.arguments]
     if value.function == "cast":
         source = value.arguments[0].dtype
-        return f"({arguments[0]} != 0)" if value.dtype == "b8" and source != "b8" else f"(({C_TYPES[value.dtype]}){arguments[0]})"
+        return (
+            f"({arguments[0]} != 0)"
+            if value.dtype == "b8" and source != "b8"
+            else f"(({C_TYPES[value.dtype]}){arguments[0]})"
+        )
     return FUNCTIONS[value.function].format(*arguments)

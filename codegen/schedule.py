@@ -1,4 +1,4 @@
-"""Loop steps -> fused loop nests: steps over the same rows run row by row in one kernel when rows do not depend on each other."""
+"""Loop steps -> fused loop nests: steps over the same rows run in one kernel when no row reads another."""
 
 from __future__ import annotations
 

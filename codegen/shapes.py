@@ -53,10 +53,16 @@ def from_sympy(expression: Any) -> Index:
         return sum_of(parts)
     if isinstance(expression, sympy.Mul):
         return product(parts)
-    if isinstance(expression, sympy.Pow) and isinstance(expression.args[1], sympy.Integer) and int(expression.args[1]) > 0:
+    if (
+        isinstance(expression, sympy.Pow)
+        and isinstance(expression.args[1], sympy.Integer)
+        and int(expression.args[1]) > 0
+    ):
         return product([parts[0]] * int(expression.args[1]))
     if isinstance(expression, FloorDiv):
         return parts[0] // parts[1]
     if isinstance(expression, (Mod, PythonMod)):
         return parts[0] % parts[1]
-    raise Unsupported(f"size expression {expression} has no lowering", hint="make that dimension static with `dynamic=`")
+    raise Unsupported(
+        f"size expression {expression} has no lowering", hint="make that dimension static with `dynamic=`"
+    )

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from sylvester.compiler.program import Binding, Entry, Output, Program, value
 from sylvester.compiler.weights import ParameterStore
-from tests.aten_cases import SIZES, Case, Sample
+from tests.sampling import SIZES, Case, Sample
 
 
 def program(cases: Iterable[tuple[str, Case]]) -> Program:
@@ -31,7 +31,11 @@ def entry(name: str, case: Case, weights: ParameterStore) -> Entry:
         places = [_placeholder(graph, mode, name, 0, Sample((1,)), torch.zeros(1), weights)]
     result = Entry(graph, [], {})
     end = graph.output([])
-    sizes = {n: _size(graph, end, node, d) for s, node in zip(case.samples, places, strict=False) for d, n in enumerate(s.shape)}
+    sizes = {
+        n: _size(graph, end, node, d)
+        for s, node in zip(case.samples, places, strict=False)
+        for d, n in enumerate(s.shape)
+    }
     rest = iter(places)
 
     def operand(leaf: Any) -> Any:
@@ -56,7 +60,13 @@ def _numbered(case: Case) -> list[tuple[int, Sample, Tensor]]:
 
 
 def _placeholder(
-    graph: fx.Graph, mode: FakeTensorMode, name: str, number: int, sample: Sample, tensor: Tensor, weights: ParameterStore
+    graph: fx.Graph,
+    mode: FakeTensorMode,
+    name: str,
+    number: int,
+    sample: Sample,
+    tensor: Tensor,
+    weights: ParameterStore,
 ) -> fx.Node:
     node = graph.placeholder(f"x{number}")
     dynamic = [DimDynamic.DUCK if isinstance(n, str) else DimDynamic.STATIC for n in sample.shape]

@@ -1,4 +1,4 @@
-"""Conformance: every op with a lowering agrees with float64, on every backend and every instruction set of this machine."""
+"""Conformance: every op agrees with float64, on every backend and every instruction set of this machine."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ from sylvester.compiler.program import Program
 from sylvester.compiler.progress import silent
 from sylvester.compiler.target import Target
 from tests import aten_program
-from tests.aten_cases import CASES, SIZES, Case, Sample
+from tests.aten_cases import CASES
 from tests.programs import program
+from tests.sampling import SIZES, Case, Sample
 
 RELATIVE = 1e-5
 VARIANTS = 4
@@ -145,7 +146,12 @@ def check(found: list[Tensor], expected: list[Tensor], where: object) -> None:
         scale = exact.double().abs().nan_to_num(0.0, 0.0, 0.0).max()
         assert actual.dtype == dtype, where
         torch.testing.assert_close(
-            actual, exact.to(dtype), rtol=RELATIVE, atol=float(RELATIVE / 10 * scale), equal_nan=True, msg=lambda m: f"{where}: {m}"
+            actual,
+            exact.to(dtype),
+            rtol=RELATIVE,
+            atol=float(RELATIVE / 10 * scale),
+            equal_nan=True,
+            msg=lambda m: f"{where}: {m}",
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,7 +37,7 @@ def test_overlapping_lifetimes_never_share_a_slot(lifetimes: Spans, widths: dict
     assert sorted(name for slot in found for name in slot.buffers) == sorted(lifetimes)
     for slot in found:
         ordered = sorted(lifetimes[name] for name in slot.buffers)
-        assert all(last < first for (_, last), (first, _) in zip(ordered, ordered[1:], strict=False))
+        assert all(last < first for (_, last), (first, _) in pairwise(ordered))
 
 
 @given(spans, st.dictionaries(st.integers(0, 30).map("b{}".format), st.integers(1, 500)))
