@@ -1,6 +1,7 @@
 """CPU kernel families against torch, interleaved in one run: ratio of best times, GF/s and GB/s.
 
-Run from the project root: python -m benchmarks.kernel_families [linear|matmul|attention|conv2d ...] [--threads N] [--isa NAME]
+Run from the project root: python -m benchmarks.kernel_families [linear|matmul|attention|conv2d ...] [--threads N]
+[--isa NAME]
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ def sdpa(isa: Isa, threads: int) -> Iterator[Case]:
             yield Case(
                 f"attention {batch} x {heads}/{kv_heads} q {rows} k {keys}{' causal' if causal else ''}",
                 bind(lib, made, "att_64_64_none", [], [block]),
-                lambda t=tensors, c=bool(causal), g=heads != kv_heads: (
-                    torch.nn.functional.scaled_dot_product_attention(*t, is_causal=c, enable_gqa=g)
+                lambda t=tensors, c=bool(causal), g=heads != kv_heads: torch.nn.functional.scaled_dot_product_attention(
+                    *t, is_causal=c, enable_gqa=g
                 ),
                 4.0 * batch * heads * rows * keys * 64 / (1 + causal),
                 8.0 * batch * kv_heads * keys * 64,

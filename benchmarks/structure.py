@@ -1,6 +1,6 @@
 """Seconds to bring a deep model into canonical form and to find its blocks.
 
-    python -m benchmarks.structure [layers]
+python -m benchmarks.structure [layers]
 """
 
 from __future__ import annotations

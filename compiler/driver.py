@@ -112,7 +112,9 @@ def _derive(program: Program, ledger: Ledger, progress: Progress) -> tuple[Progr
         return program, ledger
     if not (program.info.get("max_length") or model.limit):
         program.info["max_length"] = DEFAULT_LENGTH
-        program.info["notes"].append(f"the model states no longest sequence: caches hold {DEFAULT_LENGTH} tokens; Target(max_length=) sets it")
+        program.info["notes"].append(
+            f"the model states no longest sequence: caches hold {DEFAULT_LENGTH} tokens; Target(max_length=) sets it"
+        )
     program, derived = _rewrite(program, resolve_passes(DERIVE), progress)
     return program, Ledger(ledger.rows + derived.rows)
 

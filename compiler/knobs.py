@@ -37,7 +37,10 @@ def threads() -> int:
     """Threads to use: the knob, else the cores this process may run on."""
     text = THREADS.get()
     if not text.isdigit():
-        raise CompileError(f"{THREADS.name} must be a number of threads, found {text!r}", hint=f"unset {THREADS.name}, or 0 for all cores")
+        raise CompileError(
+            f"{THREADS.name} must be a number of threads, found {text!r}",
+            hint=f"unset {THREADS.name}, or 0 for all cores",
+        )
     return int(text) or len(os.sched_getaffinity(0))
 
 

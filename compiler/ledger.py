@@ -68,7 +68,7 @@ class Row:
 
 @dataclass
 class Ledger:
-    """Rows in the order the passes ran, and notes about the capture (dimensions that became fixed, what was left out)."""
+    """Rows in the order the passes ran, and notes about the capture: fixed dimensions, what was left out."""
 
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

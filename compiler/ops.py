@@ -128,7 +128,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def visible(queries: int, keys: int, offset: Tensor | int, causal: bool, window: int, device: torch.device) -> Tensor:
-    """Boolean [queries, keys]: key j is seen by query i when j <= i + offset and, with a window, j > i + offset - window."""
+    """Boolean [queries, keys]: query i sees key j when j <= i + offset and, with a window, j > i + offset - window."""
     i = torch.arange(queries, device=device)[:, None] + offset
     j = torch.arange(keys, device=device)[None, :]
     seen = j <= i if causal else torch.ones_like(i >= j)
@@ -153,9 +153,9 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T * scale + mask) v over q [batch, heads, queries, d], k and v [batch, kv heads, keys, d].
 
-    Query heads share key heads in consecutive groups. `mask` is bool (True = visible) or added to the scores. `window` > 0
-    keeps the last `window` keys up to the query. With `past` (0-d integer), k and v are caches: query i stands at position
-    past + i, and keys after it are not read. A row that sees no key is 0.
+    Query heads share key heads in consecutive groups. `mask` is bool (True = visible) or added to the scores.
+    `window` > 0 keeps the last `window` keys up to the query. With `past` (0-d integer), k and v are caches: query i
+    stands at position past + i, and keys after it are not read. A row that sees no key is 0.
     """
     groups = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (k, v))
@@ -186,5 +186,5 @@ def _update_cost(cache: Tensor, new: Tensor, past: Tensor) -> Cost:
 
 @op(cost=_update_cost, examples=(((2, 2, 16, 8), (2, 2, 3, 8), Ints((), 13)),))
 def kv_update(cache: Tensor, new: Tensor, past: Tensor) -> Tensor:
-    """The cache [batch, heads, capacity, d] with `new` [batch, heads, tokens, d] written at positions past, past + 1, ..."""
+    """The cache [batch, heads, capacity, d] with `new` [batch, heads, tokens, d] at positions past, past + 1, ..."""
     return cache.index_copy(2, past + torch.arange(new.shape[2], device=new.device), new)

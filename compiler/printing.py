@@ -73,4 +73,8 @@ def _operand(argument: Any) -> str:
 
 def diff(before: Program, after: Program) -> str:
     """Unified diff of the two renderings; empty when they are the same."""
-    return "\n".join(difflib.unified_diff(render(before).splitlines(), render(after).splitlines(), "before", "after", lineterm="", n=1))
+    return "\n".join(
+        difflib.unified_diff(
+            render(before).splitlines(), render(after).splitlines(), "before", "after", lineterm="", n=1
+        )
+    )

@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.node import Target, map_arg
 
@@ -75,7 +76,9 @@ class Entry:
                 return cast(FakeTensorMode, node.meta["val"].fake_mode)
         raise InvalidProgram("no node carries a tensor fact", hint="build entries with sylvester.trace")
 
-    def emit(self, target: Callable[..., Any], *args: Any, before: fx.Node, made_by: str = "", **kwargs: Any) -> fx.Node:
+    def emit(
+        self, target: Callable[..., Any], *args: Any, before: fx.Node, made_by: str = "", **kwargs: Any
+    ) -> fx.Node:
         """Insert a call with its tensor fact; origin is inherited from `before`."""
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs)
@@ -87,7 +90,7 @@ class Entry:
 
     def fact(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The fake value of a call: shapes with symbols, dtype."""
-        with self.fake_mode, torch.no_grad():
+        with self.fake_mode, enable_python_dispatcher(), torch.no_grad():
             return target(*map_arg(args, value), **map_arg(dict(kwargs), value))
 
     def bind(self, kind: Kind, key: str, like: Tensor) -> fx.Node:
@@ -130,7 +133,8 @@ class Entry:
 class Program:
     """Entries over one weight store and one set of state slots. Passes edit a clone; tensors are shared, never mutated.
 
-    `info` holds facts about the model that shape no graph: `max_length`, `tokenizer` (path), `eos_token_ids`, `output_type`.
+    `info` holds facts about the model that shape no graph: `max_length`, `tokenizer` (a path), `eos_token_ids`,
+    `output_type`, `notes`.
     """
 
     weights: ParameterStore
@@ -160,7 +164,9 @@ class Program:
             del self.weights[key]
         return dead
 
-    def run(self, entry: str, inputs: Mapping[str, Tensor], state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def run(
+        self, entry: str, inputs: Mapping[str, Tensor], state: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Execute an entry in plain PyTorch; returns outputs and new state by name."""
         chosen = self.entry(entry)
         sources: dict[str, Mapping[str, Tensor]] = {"input": inputs, "weight": self.weights, "state": state or {}}

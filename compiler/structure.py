@@ -119,5 +119,3 @@ def discover(program: Program, entry: str = "forward") -> Structure:
 
 def _residual_runs(segments: list[Segment]) -> list[Run]:
     return runs([s.digest for s in segments], [bool(addends(s)) for s in segments])
-
-

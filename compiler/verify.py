@@ -72,7 +72,9 @@ def _verify_slots(program: Program) -> None:
     for name, entry in program.entries.items():
         written = sorted(o.name for o in entry.outputs if o.kind == "state")
         if written and written != sorted(program.state):
-            raise InvalidProgram(f"entry {name!r} writes state {written}, expected each of {sorted(program.state)} once")
+            raise InvalidProgram(
+                f"entry {name!r} writes state {written}, expected each of {sorted(program.state)} once"
+            )
         for node in entry.placeholders("state"):
             _verify_read_after_write(node)
 
@@ -81,4 +83,6 @@ def _verify_read_after_write(node: fx.Node) -> None:
     update = torch.ops.sylvester.kv_update.default
     readers = [u for u in node.users if not (u.target is update and u.args[0] is node)]
     if readers or len(node.users) != 1:
-        raise InvalidProgram(f"state {binding(node).key!r} must be read by exactly one update, found {list(node.users)}", at=node)
+        raise InvalidProgram(
+            f"state {binding(node).key!r} must be read by exactly one update, found {list(node.users)}", at=node
+        )

@@ -28,7 +28,9 @@ class ParameterStore(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         key = self.resolve(key)
         if key not in self._tensors:
-            raise CompileError(f"no weight named {key!r}", hint=f"there are {len(self)} weights; see `list(program.weights)`")
+            raise CompileError(
+                f"no weight named {key!r}", hint=f"there are {len(self)} weights; see `list(program.weights)`"
+            )
         return self._tensors[key]
 
     def __setitem__(self, key: str, value: Tensor) -> None:
@@ -79,7 +81,9 @@ class ParameterStore(Mapping[str, Tensor]):
             with safe_open(path, framework="pt") as file:
                 store._tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 metadata = file.metadata() or {}
-            store.aliases |= {k.removeprefix(ALIAS_PREFIX): v for k, v in metadata.items() if k.startswith(ALIAS_PREFIX)}
+            store.aliases |= {
+                k.removeprefix(ALIAS_PREFIX): v for k, v in metadata.items() if k.startswith(ALIAS_PREFIX)
+            }
         return store
 
 
@@ -88,7 +92,13 @@ def merge_tied(tensors: Mapping[str, Tensor]) -> ParameterStore:
     store = ParameterStore()
     seen: dict[tuple[object, ...], str] = {}
     for name, tensor in tensors.items():
-        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        place = (
+            tensor.untyped_storage().data_ptr(),
+            tensor.storage_offset(),
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+        )
         if tensor.numel() and place in seen:
             store.aliases[name] = seen[place]
         else:

@@ -34,7 +34,9 @@ def main() -> None:
     tokenizer = train_tokenizer(options.train, options.work / "tokenizer.json")
     train_tokens = encode(tokenizer, options.train)
     model = LlamaForCausalLM(llama_config())
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train_tokens) / 1e6:.2f} M tokens")
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train_tokens) / 1e6:.2f} M tokens"
+    )
     train(model, train_tokens, options)
     save(model, tokenizer, options.out)
     print(json.dumps(evaluate(model, tokenizer, options.valid), indent=1))

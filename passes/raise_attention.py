@@ -20,6 +20,7 @@ from sylvester.passes.attention_parts import Attention, from_call, from_softmax,
 
 aten = torch.ops.aten
 
+
 @dataclass(frozen=True)
 class RaiseAttention(Pass):
     """Every attention becomes one op over un-repeated keys and values; masks of positions become flags."""

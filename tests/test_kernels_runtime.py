@@ -9,17 +9,30 @@ from sylvester.codegen.isa import SCALAR
 from tests.kernel_harness import export, load, run, team
 
 SOURCE = (
-    export("count", "_Atomic int64_t *n = p[0]; for (int s = 0; s < i[0]; s++) { atomic_fetch_add(n + s, 1); "
-           "sv_barrier(t); if (atomic_load(n + s) != t->nt) sv_fail(t, 7, s); sv_barrier(t); }")
-    + export("split", "int64_t lo, hi; int32_t *hits = p[0]; sv_split(i[0], i[1], t, &lo, &hi); "
-             "if (lo < i[0] && lo % i[1]) sv_fail(t, 9, lo); for (; lo < hi; lo++) hits[lo]++;")
-    + export("tasks", "int32_t *hits = p[0]; for (int s = 0; s < i[1]; s++) { "
-             "sv_tasks tasks = sv_share_tasks(t, i[0]); for (int64_t j; (j = sv_next_task(t, &tasks)) >= 0;) "
-             "__atomic_fetch_add(hits + s * i[0] + j, 1, 5); }")
+    export(
+        "count",
+        "_Atomic int64_t *n = p[0]; for (int s = 0; s < i[0]; s++) { atomic_fetch_add(n + s, 1); "
+        "sv_barrier(t); if (atomic_load(n + s) != t->nt) sv_fail(t, 7, s); sv_barrier(t); }",
+    )
+    + export(
+        "split",
+        "int64_t lo, hi; int32_t *hits = p[0]; sv_split(i[0], i[1], t, &lo, &hi); "
+        "if (lo < i[0] && lo % i[1]) sv_fail(t, 9, lo); for (; lo < hi; lo++) hits[lo]++;",
+    )
+    + export(
+        "tasks",
+        "int32_t *hits = p[0]; for (int s = 0; s < i[1]; s++) { "
+        "sv_tasks tasks = sv_share_tasks(t, i[0]); for (int64_t j; (j = sv_next_task(t, &tasks)) >= 0;) "
+        "__atomic_fetch_add(hits + s * i[0] + j, 1, 5); }",
+    )
     + export("fail", "if (t->tid == t->nt - 1) { sv_fail(t, i[0], i[1]); sv_fail(t, 99, 99); }")
-    + export("fill", "memset(t->scratch, 1 + t->tid, (size_t)i[0]); sv_barrier(t); char bad = 0; "
-             "for (int64_t j = 0; j < i[0]; j++) bad |= t->scratch[j] ^ (char)(1 + t->tid); "
-             "if (bad || (uintptr_t)t->scratch % 64) sv_fail(t, 3, 0);", "(size_t)i[0]")
+    + export(
+        "fill",
+        "memset(t->scratch, 1 + t->tid, (size_t)i[0]); sv_barrier(t); char bad = 0; "
+        "for (int64_t j = 0; j < i[0]; j++) bad |= t->scratch[j] ^ (char)(1 + t->tid); "
+        "if (bad || (uintptr_t)t->scratch % 64) sv_fail(t, 3, 0);",
+        "(size_t)i[0]",
+    )
 )
 
 

@@ -10,7 +10,7 @@ from sylvester.backends import toolchain
 from sylvester.backends.toolchain import BuildFailed, Compiler, ToolchainMissing, build_shared, find_compiler
 from sylvester.codegen.isa import AVX512, ISAS, SCALAR
 
-ANSWER = "__attribute__((visibility(\"default\"))) int answer(void) { return 42; }\nint hidden(void) { return 1; }\n"
+ANSWER = '__attribute__((visibility("default"))) int answer(void) { return 42; }\nint hidden(void) { return 1; }\n'
 
 
 def test_builds_and_exports_only_what_is_marked(tmp_path):
