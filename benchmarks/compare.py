@@ -11,6 +11,9 @@ import argparse
 import copy
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,6 +27,13 @@ import sylvester as sv
 
 LM = Path(__file__).parent.parent / "examples" / "models" / "novels-7m"
 CONTEXT = 256
+FIRST_TOKEN = """
+import sys, time
+start = time.perf_counter()
+import sylvester as sv
+next(iter(sv.load(sys.argv[1]).generate("Once upon a time", max_new_tokens=1, stream=True)))
+print(time.perf_counter() - start)
+"""
 Engine = Callable[[], Tensor]
 
 
@@ -48,6 +58,7 @@ def main() -> None:
     rows = [*language_model(options.threads, options.runs), *sentence_encoder(options.threads, options.runs)]
     for row in rows:
         print(f"{row.work:24} {row.engine:14} {row.milliseconds:9.3f} ms  {row.ratio:5.2f}x  error {row.error:.1e}")
+    print(f"cold start: import, load and first token {1e3 * cold_start(options.runs):.0f} ms")
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     if options.svg:
@@ -141,6 +152,14 @@ def measure(work: str, engines: dict[str, Engine], exact: Tensor, runs: int) -> 
 
 def error(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).abs().max() / exact.abs().max())
+
+
+def cold_start(runs: int) -> float:
+    """Median seconds from a fresh process's import of sylvester to the first token of the saved language model."""
+    with tempfile.TemporaryDirectory() as folder:
+        saved = sv.compile(LM, target="cpu").save(Path(folder) / "lm")
+        command = [sys.executable, "-c", FIRST_TOKEN, str(saved)]
+        return statistics.median(float(subprocess.check_output(command).split()[-1]) for _ in range(runs))
 
 
 def drawing(rows: list[Row]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -174,6 +175,19 @@ class Program:
         with torch.no_grad():
             results = fx.GraphModule(torch.nn.Module(), chosen.graph)(*arguments)
         return {output.name: result for output, result in zip(chosen.outputs, results, strict=True)}
+
+    def save(self, folder: str | Path) -> None:
+        """Write graphs, weights and examples to a folder; see compiler/serialize.py."""
+        from sylvester.compiler import serialize
+
+        serialize.save(self, folder)
+
+    @staticmethod
+    def load(folder: str | Path) -> Program:
+        """Read what `save` wrote; `ArtefactError` names a file that is truncated, edited or foreign."""
+        from sylvester.compiler import serialize
+
+        return serialize.load(folder)
 
     def nodes(self) -> Iterator[tuple[str, fx.Node]]:
         for name, entry in self.entries.items():
