@@ -42,9 +42,13 @@ class Cpu(Backend):
                 )
                 for isa in isas
             ]
-            for done, job in enumerate(jobs):
-                job.result()
-                progress("compile", done + 1, len(isas))
+            try:
+                for done, job in enumerate(jobs):
+                    job.result()
+                    progress("compile", done + 1, len(isas))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         write_tensors(folder / "weights.safetensors", _stored(program, compiled.weights))
         names = {entry: [use.name for use in uses] for entry, uses in compiled.weights.items()}
         return manifest(program, target, isas=[isa.name for isa in isas], weights=names)

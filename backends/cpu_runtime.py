@@ -24,6 +24,7 @@ from sylvester.compiler.runner import State, entry_of
 
 Array = NDArray[np.generic]
 OUT_OF_RANGE = 1
+ZERO_DIVISOR = 3
 NO_MEMORY = -1
 KEPT_CALLS = 64
 
@@ -36,7 +37,8 @@ class Call:
     buffers: Any
     outputs: list[tuple[int, ...]]
     arena: int
-    state: weakref.ref[State] | None = None
+    slots: tuple[weakref.ref[Array], ...] = ()
+    """The state arrays the table points at."""
 
 
 class Engine:
@@ -142,14 +144,30 @@ class Engine:
             self._arena = aligned_empty((call.arena,), "uint8")
         if self._team is None:
             self._team = self._make_team()
-        if state is not None and spec.states and (call.state is None or call.state() is not state):
-            _point(call.buffers, len(arrays) + len(spec.weights), [state.arrays[name] for name in spec.states])
-            call.state = weakref.ref(state)
+        if state is not None and spec.states:
+            slots = [state.arrays[name] for name in spec.states]
+            if len(call.slots) != len(slots) or any(r() is not a for r, a in zip(call.slots, slots, strict=True)):
+                self._check_slots(spec, state)
+                _point(call.buffers, len(arrays) + len(spec.weights), slots)
+                call.slots = tuple(weakref.ref(a) for a in slots)
         _point(call.buffers, 0, arrays)
         _point(call.buffers, len(arrays) + len(spec.weights) + len(spec.states), [*outputs, self._arena])
         code = self.library.entry("run", entry)(self._team, call.sizes, call.buffers)
         if code:
             raise _error(int(code), int(self.library.error_value(self._team)), spec, arrays)
+
+    def _check_slots(self, spec: EntrySpec, state: State) -> None:
+        """The compiled code writes these arrays in place: they must be what the slots say."""
+        shapes = dict(zip(state.arrays, state.shapes, strict=True))
+        for name in spec.states:
+            array, dtype = state.arrays[name], self.manifest.state[name].dtype
+            fits = array.dtype == binding.DTYPES.get(dtype, dtype) and array.shape == shapes[name]
+            if not (fits and array.flags.c_contiguous and array.flags.writeable):
+                raise InputError(
+                    f"state {name!r} is a {array.dtype} array of shape {list(array.shape)}, "
+                    f"expected a contiguous, writable {dtype} array of shape {list(shapes[name])}",
+                    hint="make the state with `new_state` and change its arrays in place",
+                )
 
 
 def _point(buffers: Any, first: int, arrays: Sequence[Array]) -> None:
@@ -165,6 +183,8 @@ def _wanted_threads(manifest: Manifest) -> int:
 def _error(code: int, value: int, spec: EntrySpec, arrays: Sequence[Array]) -> CompileError:
     if code == OUT_OF_RANGE:
         return _out_of_range(value, [s for s, a in zip(spec.inputs, arrays, strict=True) if _holds(a, value)], spec)
+    if code == ZERO_DIVISOR:
+        return InputError("an integer was divided by zero", hint="look for zeros among the integer inputs")
     if code == NO_MEMORY:
         return CompileError("out of memory for the scratch space of the threads", hint="use a smaller batch or length")
     return CompileError(f"the compiled code failed with code {code} and value {value}")

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, fx
 from torch.utils._sympy.numbers import int_oo
 
+from sylvester.backends.minimum import holds_at
 from sylvester.compiler.manifest import EntrySpec, Generation, Manifest, OutputSpec, SlotSpec, Symbol, TensorSpec
 from sylvester.compiler.program import Entry, Program, binding, value
 from sylvester.compiler.target import Target
 
 Size = int | str
 EXPORT_MINIMUM = 2
-"""torch.export assumes sizes of at least 2; graphs in value semantics hold for 1 as well."""
+"""torch.export assumes sizes of at least 2; graphs hold for 1 as well unless a view needs a second element."""
 
 
 def manifest(
@@ -77,15 +78,23 @@ def symbols(program: Program, entry: Entry) -> tuple[Symbol, ...]:
             if isinstance(size, torch.SymInt):
                 found |= {str(s): (s, size.node.shape_env) for s in size.node.expr.free_symbols}
     limits = _length_limits(program, entry)
-    return tuple(_symbol(name, *found[name], limits.get(name)) for name in sorted(found))
+    lowest = {symbol: _lower(symbol, shape_env) for symbol, shape_env in found.values()}
+    for symbol, least in lowest.items():
+        if least == EXPORT_MINIMUM and holds_at(entry, lowest | {symbol: 1}):
+            lowest[symbol] = 1
+    return tuple(_symbol(name, lowest[found[name][0]], *found[name], limits.get(name)) for name in sorted(found))
 
 
-def _symbol(name: str, symbol: Any, shape_env: Any, limit: int | None) -> Symbol:
+def _lower(symbol: Any, shape_env: Any) -> int:
     interval = shape_env.var_to_range.get(symbol)
-    lower = 1 if interval is None else int(interval.lower)
+    return EXPORT_MINIMUM if interval is None else max(int(interval.lower), EXPORT_MINIMUM)
+
+
+def _symbol(name: str, lower: int, symbol: Any, shape_env: Any, limit: int | None) -> Symbol:
+    interval = shape_env.var_to_range.get(symbol)
     upper = None if interval is None or interval.upper is int_oo else _finite(interval.upper)
     bounds = [n for n in (upper, limit) if n is not None]
-    return Symbol(name, lower if lower > EXPORT_MINIMUM else 1, min(bounds) if bounds else None)
+    return Symbol(name, lower, min(bounds) if bounds else None)
 
 
 def _finite(bound: Any) -> int | None:
@@ -94,11 +103,11 @@ def _finite(bound: Any) -> int | None:
 
 
 def _length_limits(program: Program, entry: Entry) -> dict[str, int]:
-    """The token dimension of an entry with state is limited by what the caches hold."""
-    if not entry.placeholders("state") or not program.info.get("max_length"):
+    """Token dimensions end at the model's longest sequence: caches hold no more, and masks were recognised up to it."""
+    if not program.info.get("max_length"):
         return {}
-    tokens = [s for n in entry.placeholders("input") for s in _token_symbols(n)]
-    return dict.fromkeys(tokens, int(program.info["max_length"]))
+    ids = [n for n in entry.placeholders("input") if not value(n).dtype.is_floating_point]
+    return {symbol: int(program.info["max_length"]) for n in ids for symbol in _token_symbols(n)}
 
 
 def _token_symbols(node: fx.Node) -> list[str]:

@@ -60,7 +60,7 @@ def _rounded(rounding: str, floats: str, integers: str) -> Callable[[Fact, Opera
 
 
 _floor_quotient = _rounded("floor", "floor_quotient", "idiv")
-_quotient = _rounded("trunc", "trunc_quotient", "div")
+_quotient = _rounded("trunc", "trunc_quotient", "itrunc")
 _remainder = _rounded("floor", "remainder", "imod")
 _fmod = _rounded("trunc", "fmod", "rem")
 

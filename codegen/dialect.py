@@ -11,6 +11,7 @@ from sylvester.codegen.index import Index, sum_of
 from sylvester.codegen.lazy import Buffer, Indices, Lazy, Store, of_buffer
 from sylvester.codegen.lowering import Fact, Lowering, lowers
 from sylvester.codegen.scalar import Expr, cast
+from sylvester.codegen.schedule import loads
 
 dialect = torch.ops.sylvester
 
@@ -59,11 +60,14 @@ def sign_of(second: Index) -> Expr:
 def kv_update(lowering: Lowering, fact: Fact, cache: Lazy, new: Lazy, past: Lazy) -> Lazy:
     """A state buffer is updated in place, anything else copied; positions are checked against the capacity."""
     buffer = _writable(lowering, cache)
+    if any(load.buffer == buffer.name for load in loads(new.probe[1])):  # rows would be read after they are written
+        new = of_buffer(_copied(lowering, new))
     capacity, tokens = buffer.shape[2], new.shape[2]
     first = loaded(past.load([]), capacity - tokens + 1)
 
     def place(i: Indices) -> Index:
-        return buffer.offset([i[0], i[1], sum_of([first, i[2]]), i[3]])
+        """The remainder keeps rows inside the buffer when there are more than it holds, which the check reports."""
+        return buffer.offset([i[0], i[1], sum_of([first, i[2] % capacity]), i[3]])
 
     lowering.plan.steps.append(Store(buffer.name, new.shape, buffer.dtype, new.load, place))
     return of_buffer(buffer)
@@ -73,6 +77,10 @@ def _writable(lowering: Lowering, cache: Lazy) -> Buffer:
     found = lowering.whole(cache)
     if found is not None and found.kind == "state" and found.shape == cache.shape:
         return found
-    buffer = lowering.buffer("arena", cache.shape, cache.dtype)
-    lowering.plan.steps.append(Store(buffer.name, cache.shape, cache.dtype, cache.load, buffer.offset))
+    return _copied(lowering, cache)
+
+
+def _copied(lowering: Lowering, x: Lazy) -> Buffer:
+    buffer = lowering.buffer("arena", x.shape, x.dtype)
+    lowering.plan.steps.append(Store(buffer.name, x.shape, x.dtype, x.load, buffer.offset))
     return buffer

@@ -76,6 +76,8 @@ class Emitter:
     def _head(self, rows: Index) -> list[str]:
         """Split the rows over the threads and set the row counters to the first one."""
         lines = ["  int64_t lo, hi;", f"  sv_split({self._index(rows)}, 1, t, &lo, &hi);"]
+        if len(self.nest.rows) > 1:  # an axis without elements is no divisor
+            lines.append("  if (lo >= hi) return;")
         rest = "lo"
         for d in reversed(range(len(self.nest.rows))):
             extent = self._index(self.nest.rows[d])
@@ -147,11 +149,24 @@ class Emitter:
     def _accumulate(self, total: str, kind: str, dtype: str, value: str, loops: Sequence[Var]) -> None:
         self._line(f"{C_TYPES[dtype]} {total} = {START.get(kind) or _extreme(kind, dtype)};")
         self._open(loops, f"#pragma omp simd reduction({CLAUSE[kind]}:{total})")
+        element = value
         if kind in ("max", "min"):  # the combination names its operand twice
             self._line(f"const {C_TYPES[dtype]} v = {value};")
             value = "v"
         self._line(COMBINE[kind].format(total, value))
         self._close(len(loops))
+        if kind in ("max", "min") and dtype == "f32":
+            self._infinite(total, kind, element, loops)
+
+    def _infinite(self, total: str, kind: str, element: str, loops: Sequence[Var]) -> None:
+        """A vectorised extremum may start from the largest finite number: look again when it ends there."""
+        self._line(f"if ({total} == {'-' if kind == 'max' else ''}3.40282347e+38f) {{")
+        self.depth += 1
+        self._line(f"{total} = {_extreme(kind, dtype='f32')};")
+        self._open(loops, "")
+        self._line(f"const float v = {element};")
+        self._line(COMBINE[kind].format(total, "v"))
+        self._close(len(loops) + 1)
 
     def _find(self, at: str, best: str, kind: str, dtype: str, value: str, place: str, loops: Sequence[Var]) -> None:
         """The first place of the largest or smallest value."""

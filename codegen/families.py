@@ -157,6 +157,9 @@ def attention(
     if head_dim is None or value_dim is None:
         raise Unsupported("attention with a symbolic head size has no lowering", hint="make the feature size static")
     name = f"sv_attention_{head_dim}_{value_dim}_{kind}"
+    q, k, v = (_repeated(x, fact.shape[0]) for x in (q, k, v))
+    if k.shape[1] != v.shape[1]:
+        k, v = (_repeated(x, *fact.shape[:2]) for x in (k, v))
     views = [_unit_last(lowering, x) for x in (q, k, v)]
     covering = None if mask is None else _mask_view(lowering, mask, (*q.shape[:3], k.shape[2]))
     position = None if past is None else lowering.contiguous(past)
@@ -243,6 +246,11 @@ def _token_major(lowering: Lowering, fact: Fact) -> tuple[Buffer, Strided]:
     batch, heads, tokens, dim = fact.shape
     y = lowering.buffer("arena", (batch, tokens, heads * dim), fact.dtype)
     return y, Strided(y.name, index(0), (tokens * heads * dim, dim, heads * dim, index(1)))
+
+
+def _repeated(x: Lazy, *leading: Index) -> Lazy:
+    """x with its first axes broadcast."""
+    return Lazy((*leading, *x.shape[len(leading) :]), x.dtype, x.at)
 
 
 def _unit_last(lowering: Lowering, x: Lazy) -> Strided:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from sylvester.codegen.index import Index, Size, Var, atom, flatten, index, product
+from sylvester.codegen.index import Index, Loaded, Size, Var, atom, flatten, index, product
 from sylvester.codegen.linear import PANEL
 from sylvester.codegen.scalar import BYTES, Expr, Load
 
@@ -88,6 +88,8 @@ def as_strided(tensor: Lazy) -> Strided | None:
         offset = offset.substitute({variable: index(0)})
     affine = sum((s * i for s, i in zip(strides, indices, strict=True)), offset)
     if affine != element.offset or any(s.variables for s in strides) or offset.variables:
+        return None
+    if any(isinstance(a, Loaded) for part in (offset, *strides) for a in part.atoms):  # known in a loop nest only
         return None
     return Strided(element.buffer, offset, tuple(strides))
 

@@ -19,6 +19,7 @@ from sylvester.codegen.lazy import (
     Indices,
     Lazy,
     Plan,
+    Pointer,
     Reduce,
     ReduceKind,
     Shape,
@@ -163,6 +164,14 @@ class Lowering:
         return of_buffer(buffer)
 
     def extern(self, step: Extern) -> None:
+        """Append a kernel call; kernels compute in float32, other operands are `Unsupported`."""
+        for pointer in (a for a in step.arguments if isinstance(a, Pointer)):
+            found = self.plan.buffers[pointer.buffer].dtype
+            if pointer.dtype == "f32" != found:
+                raise Unsupported(
+                    f"{step.function} computes in float32, found an operand of dtype {found}",
+                    hint="convert the operands with `.float()` first",
+                )
         self.plan.steps.append(step)
 
 

@@ -121,7 +121,9 @@ FUNCTIONS: dict[str, str] = {
     "sqrt": "sqrtf({0})", "rsqrt": "sv_rsqrt({0})", "sin": "sinf({0})", "cos": "cosf({0})",
     "pow": "sv_pow({0}, {1})", "log2": "log2f({0})", "log10": "log10f({0})", "atan2": "atan2f({0}, {1})",
     "abs": "fabsf({0})", "floor": "floorf({0})", "ceil": "ceilf({0})", "round": "rintf({0})", "trunc": "truncf({0})",
-    "iabs": "llabs({0})", "idiv": "sv_floor_div({0}, {1})", "imod": "sv_floor_mod({0}, {1})", "rem": "({0} % {1})",
+    "iabs": "llabs({0})",
+    "idiv": "sv_floor_div({0}, sv_divisor(t, {1}))", "imod": "sv_floor_mod({0}, sv_divisor(t, {1}))",
+    "itrunc": "({0} / sv_divisor(t, {1}))", "rem": "({0} % sv_divisor(t, {1}))",
     "ipow": "sv_power({0}, {1})", "fmod": "fmodf({0}, {1})", "remainder": "sv_remainder({0}, {1})",
     "floor_quotient": "sv_floor_quotient({0}, {1})", "trunc_quotient": "truncf({0} / {1})",
     "isnan": "({0} != {0})",
@@ -170,4 +172,5 @@ def c_expression(value: Expr, load: Callable[[Load], str], position: Callable[[I
             if value.dtype == "b8" and source != "b8"
             else f"(({C_TYPES[value.dtype]}){arguments[0]})"
         )
-    return FUNCTIONS[value.function].format(*arguments)
+    text = FUNCTIONS[value.function].format(*arguments)
+    return f"(({C_TYPES[value.dtype]}){text})" if value.dtype in ("u8", "i8") else text  # C computes in int

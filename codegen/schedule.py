@@ -46,6 +46,7 @@ class LoopNest:
     def add(self, member: Member) -> None:
         self.members.append(member)
         self.reads |= {load.buffer for load in loads(_element(self.rows, member))}
+        self.reads |= {load.buffer for load in loads(IndexValue(_place(self.rows, member)))}
         self.writes.add(member.step.buffer)
 
     def written_by(self, buffer: str) -> list[Member]:
@@ -151,6 +152,10 @@ def inner_variables(inner: Shape) -> list[Index]:
 
 def _element(rows: Shape, member: Member) -> Expr:
     return member.element(row_variables(rows), inner_variables(member.inner))
+
+
+def _place(rows: Shape, member: Member) -> Index:
+    return member.place(row_variables(rows), inner_variables(member.inner))
 
 
 def loads(element: Expr) -> Iterator[Load]:

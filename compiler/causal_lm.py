@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sylvester.compiler import ops
 from sylvester.compiler.changes import Refusal
-from sylvester.compiler.positions import Positions, has
+from sylvester.compiler.positions import Positions, has, token_axes
 from sylvester.compiler.program import Entry, Program, binding, value
 from sylvester.compiler.token_axis import LOOK_UPS, mixes
 
@@ -125,8 +125,15 @@ def _limit(positions: dict[fx.Node, int], rows: dict[fx.Node, int]) -> int | Non
     for node, offset in positions.items():
         for user in node.users:
             if user.target in LOOK_UPS:
-                limits.append(_rows(user, user.args[1] if user.target is aten.index_select.default else 0) - offset)
+                limits.append(_rows(user, _looked_up_axis(user, node)) - offset)
     return min(limits, default=None)
+
+
+def _looked_up_axis(node: fx.Node, index: fx.Node) -> Any:
+    """The axis of the table that `index` counts along."""
+    if node.target is aten.index_select.default:
+        return node.args[1]
+    return cast("list[Any]", node.args[1]).index(index) if node.target is aten.index.Tensor else 0
 
 
 def _rows(node: fx.Node, dim: Any) -> int:
@@ -141,7 +148,10 @@ def chunked_error(program: Program, tokens: Tensor, chunks: tuple[int, ...]) -> 
         key: torch.zeros([tokens.shape[0], int(slot.shape[1]), tokens.shape[1], int(slot.shape[3])], dtype=slot.dtype)
         for key, slot in program.state.items()
     }
-    outputs = [o.name for o in program.entry("prefill").outputs if o.kind == "output"]
+    prefill = program.entry("prefill")
+    symbol = value(prefill.placeholders("input")[0]).shape[1].node.expr
+    results = zip(prefill.outputs, prefill.results(), strict=True)
+    outputs = {o.name: token_axes(value(n), symbol) for o, n in results if o.kind == "output"}
     whole = program.run("prefill", {name: tokens}, empty)
     parts, state, past = [], empty, 0
     for i, size in enumerate(chunks):
@@ -150,9 +160,16 @@ def chunked_error(program: Program, tokens: Tensor, chunks: tuple[int, ...]) -> 
         state = {key: found[key] for key in program.state}
         parts.append(found)
         past += size
-    joined = {key: torch.cat([part[key] for part in parts], 1) for key in outputs}
-    return max(_error(whole[key][:, :past], joined[key]) for key in outputs)
+    return max(_parted_error(whole[key], [part[key] for part in parts], axis, past) for key, axis in outputs.items())
+
+
+def _parted_error(whole: Tensor, parts: list[Tensor], axes: list[int], tokens: int) -> float:
+    """Parts hold the tokens one after the other; without a token axis every part is the whole."""
+    if not axes:
+        return max(_error(whole, part) for part in parts)
+    return _error(whole.narrow(axes[0], 0, tokens), torch.cat(parts, axes[0]))
 
 
 def _error(expected: Tensor, found: Tensor) -> float:
+    expected, found = expected.double(), found.double()
     return float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-30))

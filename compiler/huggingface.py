@@ -53,7 +53,7 @@ def _read_json(path: Path, hint: str) -> dict[str, Any]:
 def _check_files(folder: Path) -> None:
     """Weights must be there as safetensors, and every shard that the index names."""
     if (folder / INDEX).exists():
-        shards = sorted(set(_read_json(folder / INDEX, "").get("weight_map", {}).values()))
+        shards = _shards(folder / INDEX)
         if missing := [name for name in shards if not (folder / name).exists()]:
             raise CompileError(f"missing weight files {missing} of {len(shards)} in {str(folder)!r}")
         return
@@ -63,6 +63,19 @@ def _check_files(folder: Path) -> None:
         hint = "pickles can run code; load them where you trust them and call save_pretrained(folder)"
         raise CompileError(f"the weights in {str(folder)!r} are pickles, expected {WEIGHTS}", hint=hint)
     raise CompileError(f"there is no {WEIGHTS} in {str(folder)!r}", hint="download the weights along with config.json")
+
+
+def _shards(index: Path) -> list[str]:
+    """The weight files that an index names: files of its own folder."""
+    places = _read_json(index, "").get("weight_map")
+    if not isinstance(places, dict):
+        found = type(places).__name__
+        raise CompileError(f"`weight_map` of {str(index)!r} is a {found}, expected an object of file names")
+    names = list(places.values())
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CompileError(f"{str(index)!r} names the file {name!r}, expected one in the same folder")
+    return sorted(set(names))
 
 
 def _load(folder: Path, config: dict[str, Any]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,9 @@ FACTORIES = {
     aten.new_ones.default, aten.new_zeros.default, aten.new_full.default, aten.ones_like.default,
     aten.zeros_like.default, aten.full_like.default, aten.empty_like.default,
 }  # fmt: skip
+SCALES = {
+    aten.mul.Tensor, aten.div.Tensor, aten.div.Tensor_mode, aten.floor_divide.default, aten.floor_divide.Scalar,
+}  # fmt: skip
 SMALL = (2, 3, 7)
 LEAST, MOST = 64, 8192
 NO_BOUND = 1 << 31
@@ -41,7 +45,7 @@ ALL = Band(causal=False, window=0)
 def recognise(program: Program, entry: Entry, mask: fx.Node) -> Band | Refusal:
     """The band a mask node stands for at every size, or why it has to stay an operand.
 
-    Evaluated at small sizes and at one beyond the largest number in its sub-graph, so that a window shows.
+    Evaluated at small sizes and at one where every number in its sub-graph shows, such as a window.
     """
     if value(mask).dim() < 2:
         return Refusal("the mask has no query axis", mask)
@@ -100,28 +104,44 @@ def _content_inputs(node: fx.Node) -> list[fx.Node]:
 
 
 def _evaluation_size(program: Program, entry: Entry, mask: fx.Node, nodes: list[fx.Node]) -> int:
-    """Beyond every whole number in the sub-graph, capped by the longest input the program serves."""
-    literals = [abs(x) for n in nodes for x in _numbers((n.args, dict(n.kwargs))) if abs(x) < NO_BOUND]
-    wanted = LEAST + max(literals, default=0)
-    limits = [_upper_bound(entry, s) for n in value(mask).shape[-2:] for s in _symbols(n)]
+    """Where every number in the sub-graph shows, capped by the longest input the program serves."""
+    limits = [upper_bound(entry, s) for n in value(mask).shape[-2:] for s in _symbols(n)]
     if "max_length" in program.info:
         limits.append(int(program.info["max_length"]))
-    return min([wanted, *limits])
+    return min([showing_size(program, nodes), *limits])
 
 
-def _numbers(x: Any) -> list[int]:
+def showing_size(program: Program, nodes: list[fx.Node]) -> int:
+    """A length beyond every number that `nodes` and their weights compare with, times what they scale positions by."""
+    weights = {n for node in nodes for n in node.all_input_nodes if is_weight(n)}
+    compared = [x for n in nodes for x in _numbers((n.args, dict(n.kwargs)))]
+    compared += [float(x) for w in weights for x in _extremes(program.weights[binding(w).key])]
+    scales = [abs(x) for n in nodes if n.target in SCALES for x in _numbers(n.args[1:]) if x]
+    stretch = math.prod(max(x, 1 / x) for x in scales if x < -HIDDEN)
+    return LEAST + math.ceil(stretch * max((abs(x) for x in compared if abs(x) < -HIDDEN), default=0))
+
+
+def _extremes(weight: Tensor) -> list[Any]:
+    """The smallest and largest finite number of a weight; booleans and complex numbers are compared with none."""
+    if weight.dtype == torch.bool or weight.is_complex():
+        return []
+    finite = weight[weight.abs() < -HIDDEN]
+    return [finite.min().item(), finite.max().item()] if finite.numel() else []
+
+
+def _numbers(x: Any) -> list[float]:
     if isinstance(x, (list, tuple)):
         return [n for y in x for n in _numbers(y)]
     if isinstance(x, dict):
         return [n for y in x.values() for n in _numbers(y)]
-    return [x] if isinstance(x, int) and not isinstance(x, bool) else []
+    return [x] if isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) else []
 
 
 def _symbols(size: Any) -> set[sympy.Symbol]:
     return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
 
 
-def _upper_bound(entry: Entry, symbol: sympy.Symbol) -> int:
+def upper_bound(entry: Entry, symbol: sympy.Symbol) -> int:
     environment = entry.fake_mode.shape_env
     bound = environment.var_to_range[symbol].upper if environment else sympy.oo
     return int(bound) if bound.is_finite and bound < NO_BOUND else NO_BOUND

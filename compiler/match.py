@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -121,10 +121,14 @@ class Matcher:
             return
         if target_of(x) is term.target:
             yield from self._operands(term, self.forms[x][1], state.enter(term, x))
-        elif x.target in self.transparent:
+        elif self._seen_through(x):
             yield from self._call(term, x.args[0], state)
         else:
             self.near.stop(state, term.target, x)
+
+    def _seen_through(self, x: fx.Node) -> bool:
+        """A transparent op between floats; a cast from or to integers changes what a value is."""
+        return x.target in self.transparent and all(value(n).is_floating_point() for n in (x, cast(fx.Node, x.args[0])))
 
     def _operands(self, term: Call, args: tuple[Any, ...], state: State) -> Iterator[State]:
         yield from self._sequence(term.args, args, state)
@@ -141,7 +145,7 @@ class Matcher:
                 yield from self._sequence(terms[1:], xs[1:], after_first)
 
     def _var(self, term: Var, x: Any, state: State) -> Iterator[State]:
-        while isinstance(x, fx.Node) and x.target in self.transparent:
+        while isinstance(x, fx.Node) and self._seen_through(x):
             x = x.args[0]
         if not isinstance(x, fx.Node) or not isinstance(x.meta.get("val"), Tensor):
             self.near.stop(state, f"expected a tensor for {term.name}", x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any, cast
 
 import sympy
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from sylvester.compiler.masks import FACTORIES
+from sylvester.compiler.masks import FACTORIES, MOST, showing_size, upper_bound
 from sylvester.compiler.program import Entry, Program, binding, is_weight, value
 
 LENGTHS = (3, 5, 8)
@@ -40,10 +41,29 @@ class Positions:
         self.free = size_only(entry)
         self.offsets: dict[fx.Node, int] = {}
         self.constant: set[fx.Node] = set()
-        caches: dict[int, dict[fx.Node, Any]] = {length: {} for length in LENGTHS}
+        self.caches: dict[int, dict[fx.Node, Any]] = defaultdict(dict)
+        bound = upper_bound(entry, symbol)
+        made_of: dict[fx.Node, frozenset[fx.Node]] = {}
         for node in entry.calls():
-            if node in self.free and self.own_axis(node) is not None:
-                self._classify(node, [self._evaluate(node, n, caches[n]) for n in LENGTHS])
+            if node not in self.free:
+                continue
+            operands = [n for n in node.all_input_nodes if n in made_of]
+            made_of[node] = frozenset({node}).union(*(made_of[n] for n in operands))
+            if self.own_axis(node) is not None:
+                long = min(showing_size(program, list(made_of[node])), bound)
+                if long <= MOST:
+                    found = [self._evaluate(node, n, self.caches[n]) for n in LENGTHS]
+                    self._classify(node, [*found, self._longest(node, long)])
+
+    def _longest(self, node: fx.Node, length: int) -> Tensor:
+        """The value at `length` tokens, or at the most that the tables it reads hold, within a factor of two."""
+        while True:
+            try:
+                return cast(Tensor, self._evaluate(node, length, self.caches[length]))
+            except (IndexError, RuntimeError):
+                if length <= max(LENGTHS):
+                    raise
+            length = max(length // 2, *LENGTHS)
 
     def _classify(self, node: fx.Node, found: list[Tensor]) -> None:
         axis = token_axes(value(node), self.symbol)[0]

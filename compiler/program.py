@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -155,7 +156,7 @@ class Program:
 
     def clone(self) -> Program:
         entries = {name: entry.clone() for name, entry in self.entries.items()}
-        return Program(self.weights.clone(), entries, dict(self.state), dict(self.info))
+        return Program(self.weights.clone(), entries, dict(self.state), deepcopy(self.info))
 
     def sweep(self) -> int:
         """Dead code in every entry, then weights no entry uses."""

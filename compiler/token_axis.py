@@ -39,8 +39,10 @@ SHAPED = {aten.reshape.default, aten.expand.default, aten.full.default, aten.ara
 
 def mixes(node: fx.Node, symbol: sympy.Symbol) -> Refusal | None:
     """Why a call may combine values of different tokens; None when it treats each token by itself."""
-    if any(has(n.meta.get("val"), symbol) for n in node.all_input_nodes) and node.target not in SHAPED:
-        return Refusal("an op computes with the number of tokens", node)
+    if any(has(n.meta.get("val"), symbol) for n in node.all_input_nodes):
+        shaped = node.target in SHAPED and any(token_axes(fact, symbol) for fact in _tensors(node))
+        if not shaped:
+            return Refusal("an op computes with the number of tokens", node)
     operands = [n for n in node.all_input_nodes if token_axes(value(n), symbol)]
     if not operands:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -68,10 +69,12 @@ class ParameterStore(Mapping[str, Tensor]):
         return ParameterStore(self._tensors, self.aliases)
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file; aliases go into its metadata."""
+        """Write one safetensors file; aliases go into its metadata. Tensors that overlap in memory are copied."""
         # A file with neither tensors nor metadata cannot be read back.
         metadata = {"format": "pt"} | {ALIAS_PREFIX + name: to for name, to in self.aliases.items()}
-        save_file({k: v.contiguous() for k, v in self._tensors.items()}, path, metadata=metadata)
+        storages = Counter(v.untyped_storage().data_ptr() for v in self._tensors.values())
+        apart = {k: v.clone() if storages[v.untyped_storage().data_ptr()] > 1 else v for k, v in self._tensors.items()}
+        save_file({k: v.contiguous() for k, v in apart.items()}, path, metadata=metadata)
 
     @staticmethod
     def load(*paths: Path) -> ParameterStore:

@@ -114,6 +114,8 @@ class Scores:
         scores, mask = (x, y) if _is_scores(x) else (y, x)
         if not _is_scores(scores):
             return None
+        if node.kwargs or value(mask).dtype == torch.bool:
+            return Refusal("the scores are summed with booleans or with alpha", node)
         if self.scale != 1.0:
             mask = self._scaled_mask(mask)
         self.masks.append(mask)

@@ -73,6 +73,10 @@ class DeriveDecode(Pass):
         if not wanted:
             hint = "set DeriveDecode(max_length=...)"
             raise Unsupported("the longest sequence is unknown: no `max_length` and no position table", hint=hint)
+        stated = program.info.get("max_length")
+        if stated and wanted > stated:
+            hint = f"set DeriveDecode(max_length={stated}) or less"
+            raise Unsupported(f"max_length is {wanted}, the model takes at most {stated} tokens", hint=hint)
         if model.limit is not None and wanted > model.limit:
             hint = f"set DeriveDecode(max_length={model.limit}) or less"
             raise Unsupported(f"max_length is {wanted}, the position table holds {model.limit}", hint=hint)

@@ -106,6 +106,8 @@ def fold_attention_scale(fold: Fold, entry: Entry, node: fx.Node) -> Answer:
     """attention(q * s, k, v, scale) is attention(q, k, v, s * scale), for queries and keys."""
     folded = False
     for operand in node.args[:2]:
+        if node.args.count(operand) > 1:
+            continue
         product = _below_views(cast(fx.Node, operand))
         if product is None or product.target not in SCALES or not isinstance(product.args[1], (int, float)):
             continue
@@ -212,10 +214,12 @@ def _factor(fold: Fold, node: fx.Node, axis: int) -> Tensor | None:
 
 
 def _shared(op: fx.Node) -> Refusal | None:
-    """Why the weight of `op` cannot be scaled for it alone."""
-    weight = op.args[1]
+    """Why the weight and bias of `op` cannot be scaled for it alone."""
+    weight, bias = (*op.args, None)[1:3]
     if not isinstance(weight, fx.Node) or not is_weight(weight):
         return Refusal("its weight is computed", op)
+    if bias is not None and not is_weight(bias):
+        return Refusal("its bias is computed", op)
     if len(weight.users) > 1:
         return Refusal(f"weight {binding(weight).key!r} is shared by {len(weight.users)} calls", op)
     return None

@@ -82,7 +82,7 @@ def weight_second(node: fx.Node) -> Result:
 
 def square(node: fx.Node) -> Result:
     """x * x and square(x) are x ** 2."""
-    if node.target is aten.mul.Tensor and node.args[0] is not node.args[1]:
+    if value(node).dtype == torch.bool or (node.target is aten.mul.Tensor and node.args[0] is not node.args[1]):
         return None
     return Call(aten.pow.Tensor_Scalar, (node.args[0], 2))
 

@@ -50,11 +50,12 @@ def arange(node: fx.Node) -> Result:
     a = arguments(node)
     if a.get("step", 1) != 1:
         return None
-    dtype = {"dtype": a["dtype"]} if a["dtype"] is not None and a["dtype"] != torch.int64 else {}
-    if value(node).dtype != torch.int64 and not dtype:
-        return None
     start = a.get("start", 0)
     bounds = (a["end"],) if start == 0 else (start, a["end"])
+    implied = torch.int64 if not any(isinstance(b, float) for b in bounds) else None
+    dtype = {"dtype": a["dtype"]} if a["dtype"] is not None and a["dtype"] != implied else {}
+    if value(node).dtype != torch.int64 and not dtype:
+        return None
     return Call(aten.arange.default if len(bounds) == 1 else aten.arange.start, bounds, dtype)
 
 

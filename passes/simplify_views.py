@@ -95,11 +95,14 @@ def expand(node: fx.Node) -> Result:
     source = cast(fx.Node, node.args[0])
     if same_fact(source, node):
         return source
+    after, inner = value(node).shape, source
+    given = node.args[1] if node.target is not aten.expand_as.default else _sizes_of(cast(fx.Node, node.args[1]))
     if source.target is aten.expand.default:
         source = cast(fx.Node, source.args[0])
-    after, before = value(node).shape, value(source).shape
+        kept = len(after) - value(inner).dim()
+        given = [size_of(inner, i - kept) if g == -1 else g for i, g in enumerate(cast("Sequence[Any]", given))]
+    before = value(source).shape
     lead = len(after) - len(before)
-    given = node.args[1] if node.target is not aten.expand_as.default else _sizes_of(cast(fx.Node, node.args[1]))
     sizes = [after[i] if isinstance(after[i], int) else g for i, g in enumerate(cast("Sequence[Any]", given))]
     for i, size in enumerate(before):
         if same_size(size, after[lead + i]):

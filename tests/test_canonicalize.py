@@ -216,3 +216,17 @@ def test_rules_that_feed_each_other_are_named(monkeypatch: pytest.MonkeyPatch) -
 
     with pytest.raises(CompileError, match="no normal form"):
         canonicalize(program(torch.neg, x).main)
+
+
+def test_an_expand_of_an_expand_keeps_the_inner_sizes() -> None:
+    canonical(lambda x: x[:1].expand(x.shape[0], -1, 8).expand(2, -1, -1, -1), x)
+
+
+def test_a_range_with_float_bounds_keeps_its_type() -> None:
+    made = canonical(lambda x: torch.arange(0, 5.0, dtype=torch.int64) * x.shape[0], x)
+
+    assert value(made.main.results()[0]).dtype == torch.int64
+
+
+def test_a_product_of_booleans_is_no_square() -> None:
+    canonical(lambda x: (x > 0) * (x > 0), x)

@@ -326,3 +326,55 @@ def test_verifies_and_reports():
     verify(program)
     assert changes.counts() == {"attention": 2, "position": 1}
     assert math.isclose(chunked_error(program, torch.randint(VOCAB, (2, 6)), (6,)), 0.0)
+
+
+def clamped(self, ids):
+    return self.table(torch.arange(ids.shape[1]).clamp(max=15))
+
+
+def periodic(self, ids):
+    return self.table(torch.arange(ids.shape[1]) % 10)
+
+
+def second_axis(self, ids):
+    return self.table.weight[None][:, torch.arange(ids.shape[1])]
+
+
+@pytest.mark.parametrize("positions", [clamped, periodic, second_axis])
+def test_positions_that_end_or_repeat_after_the_example(positions):
+    program = derived(gpt(positions=positions), max_length=24)
+
+    assert chunked_error(program, torch.randint(VOCAB, (2, 24)), (17, 1, 3, 3)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        lambda self, ids: self.table.weight[ids.shape[1] - 1 : ids.shape[1]],
+        lambda self, ids: torch.full((1,), ids.shape[1]).float().log(),
+    ],
+    ids=["row", "fill"],
+)
+def test_the_number_of_tokens_as_a_value_is_refused(positions):
+    found = analyse(gpt(positions=positions))
+
+    assert isinstance(found, Refusal)
+    assert found.reason == "an op computes with the number of tokens"
+
+
+def test_outputs_with_the_tokens_first_or_without_tokens():
+    def forward(self, ids):
+        logits = Gpt.forward(self, ids)
+        return logits, logits.permute(1, 0, 2), self.table.weight * 2
+
+    program = derived(gpt(forward=forward), max_length=24)
+
+    assert chunked_error(program, torch.randint(VOCAB, (3, 12)), (5, 1, 1, 5)) < 1e-5
+
+
+def test_a_length_beyond_what_the_model_states_is_refused():
+    program = gpt()
+    program.info["max_length"] = 16
+
+    with pytest.raises(Unsupported, match="max_length is 24, the model takes at most 16 tokens"):
+        derived(program, max_length=24)

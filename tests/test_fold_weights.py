@@ -169,3 +169,24 @@ def test_scale_of_dialect_attention() -> None:
 
     assert ops(made) == ["sylvester.attention"]
     assert made.main.calls()[0].args[5] == 1.5
+
+
+def test_a_scaled_value_that_is_several_operands_stays() -> None:
+    def attend(x: Tensor) -> Tensor:
+        y, z = x * 0.5, x * 3.0
+        return F.scaled_dot_product_attention(y, y, x) + F.scaled_dot_product_attention(z, x, z)
+
+    _, changes = folded(attend, torch.randn(2, 2, 5, 4))
+
+    assert not changes.applied
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_computed_bias_refuses(norm: bool) -> None:
+    def function(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        y = F.linear(x, w, x.sum(0)[:6] + b)
+        return F.batch_norm(y, torch.zeros_like(b) + b, b * b + 1) if norm else y * 0.5
+
+    made, _ = folded(function, torch.randn(3, 8), **W)
+
+    assert "aten.mul.Tensor" in ops(made)

@@ -222,3 +222,18 @@ def test_says_nothing_and_puts_settings_back(llama, capfd):
     assert capfd.readouterr() == ("", "")
     assert (log.get_verbosity(), log.is_progress_bar_enabled()) == before
     assert before[0] < logging.CRITICAL
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"w": "../other/model.safetensors"}, "expected one in the same folder"),
+        ({"w": 3}, "names the file 3"),
+        ([], "is a list, expected an object"),
+    ],
+)
+def test_index_that_names_no_files_of_the_folder(llama, places, message):
+    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+    with pytest.raises(CompileError, match=message):
+        load_folder(llama)

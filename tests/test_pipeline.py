@@ -109,6 +109,15 @@ def test_the_given_program_is_untouched() -> None:
     assert list(after.weights) == ["weight"]
 
 
+def test_notes_of_a_clone_are_its_own() -> None:
+    first = tiny()
+    first.info["notes"] = []
+
+    first.clone().info["notes"].append("found on the way")
+
+    assert first.info["notes"] == []
+
+
 def test_errors_name_the_pass() -> None:
     for bad, kind in ((Picky(), CompileError), (Forgetful(), InvalidProgram), (DropRelu(), ContractBroken)):
         with pytest.raises(kind) as caught:

@@ -350,3 +350,49 @@ def test_other_softmaxes_are_left_in_silence() -> None:
 
     assert ops(after) == ["aten.softmax.int", "aten.mul.Tensor"]
     assert reasons(ledger) == []
+
+
+def blocks(i: Tensor, j: Tensor, w: Tensor) -> Tensor:
+    return (i // 16 - j // 16) < 16
+
+
+def float_window(i: Tensor, j: Tensor, w: Tensor) -> Tensor:
+    return (i - j).float() < 100.0
+
+
+def window_in_a_weight(i: Tensor, j: Tensor, w: Tensor) -> Tensor:
+    return (i - j) < w
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        (blocks, (True, 0.25, False, 0)),
+        (float_window, (False, 0.25, True, 100)),
+        (window_in_a_weight, (False, 0.25, True, 100)),
+    ],
+)
+def test_a_limit_far_beyond_the_example_shows(seen: Callable[..., Tensor], expected: tuple[object, ...]) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        i, j = torch.arange(q.shape[2])[:, None], torch.arange(q.shape[2])[None]
+        mask = (j <= i) & seen(i, j, w)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=0.25)
+
+    w = torch.tensor(100)
+    after = RAISE(export(function, Q, K, V, weights={"w": w}, axes=lambda x: (0, 2)))
+
+    assert flags(after) == expected
+    agrees(after, lambda q, k, v: function(q, k, v, w), *others(1, 300))
+
+
+@pytest.mark.parametrize("alpha", [1, 2])
+def test_a_sum_that_adds_no_mask_as_it_is_is_refused(alpha: int) -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        added = k[..., 0].unsqueeze(-2) if alpha == 2 else torch.arange(q.shape[2])[:, None] > 2
+        return torch.add(scores(q, k), added, alpha=alpha).softmax(-1) @ v
+
+    after, ledger = Pipeline((Canonicalize(), RaiseAttention())).run(program(function, Q, K, V))
+
+    assert "sylvester.attention" not in ops(after)
+    assert reasons(ledger) == ["the scores are summed with booleans or with alpha"]
+    agrees(after, function, *others())

@@ -137,3 +137,13 @@ def test_the_unbiased_variance_is_no_layer_norm() -> None:
         return (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, keepdim=True) + 1e-5)
 
     assert "aten.layer_norm" not in ops(RAISE(program(norm, torch.randn(2, 5, 8))))
+
+
+def test_a_cast_to_integers_is_no_part_of_a_norm() -> None:
+    def norm(x: Tensor, w: Tensor) -> Tensor:
+        whole = (x * 4).to(torch.int32).float()
+        return whole * torch.rsqrt(whole.pow(2).mean(-1, keepdim=True) + 1e-6) * w
+
+    after = RAISE(program(norm, torch.randn(2, 5, 8), weights={"w": WEIGHT}))
+
+    assert ops(after) == ["aten.mul.Tensor", "aten.to.dtype", "aten.to.dtype", "sylvester.rms_norm"]

@@ -16,6 +16,7 @@ from sylvester.compiler.errors import ArtefactError, CompileError, Unsupported
 from sylvester.compiler.serialize import EXAMPLES, PROGRAM, WEIGHTS, load, save
 from sylvester.compiler.symbols import symbols_of
 from sylvester.compiler.trace import capture
+from sylvester.compiler.weights import ParameterStore
 from sylvester.passes.derive_decode import DeriveDecode
 from tests import zoo
 from tests.test_derive_decode import gpt
@@ -165,3 +166,12 @@ def test_edited_program_is_refused(change, tmp_path):
 
     with pytest.raises(ArtefactError, match=PROGRAM):
         load(tmp_path)
+
+
+def test_weights_that_overlap_in_memory(tmp_path):
+    whole = torch.randn(4, 3)
+    ParameterStore({"whole": whole, "rows": whole[:2]}).save(tmp_path / WEIGHTS)
+
+    found = ParameterStore.load(tmp_path / WEIGHTS)
+    assert torch.equal(found["whole"], whole)
+    assert torch.equal(found["rows"], whole[:2])
