@@ -27,6 +27,8 @@ import sylvester as sv
 
 LM = Path(__file__).parent.parent / "examples" / "models" / "novels-7m"
 CONTEXT = 256
+SETTLE = 0.05
+"""Seconds between calls: threads of the previous engine spin for a while, which would be counted against the next."""
 FIRST_TOKEN = """
 import sys, time
 start = time.perf_counter()
@@ -142,12 +144,21 @@ def measure(work: str, engines: dict[str, Engine], exact: Tensor, runs: int) -> 
     times: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(runs):
         for name, engine in engines.items():
-            start = time.perf_counter()
-            engine()
-            times[name].append(time.perf_counter() - start)
+            time.sleep(SETTLE)
+            times[name].append(steady(engine))
     medians = {name: statistics.median(t) for name, t in times.items()}
     ours = medians["sylvester"]
     return [Row(work, name, 1e3 * m, m / ours, errors[name]) for name, m in medians.items()]
+
+
+def steady(engine: Engine) -> float:
+    """Median seconds of a few calls in a row, the first two left out: its threads are awake by then."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        engine()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
 
 
 def error(found: Tensor, exact: Tensor) -> float:
