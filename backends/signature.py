@@ -79,7 +79,8 @@ def symbols(program: Program, entry: Entry) -> tuple[Symbol, ...]:
                 found |= {str(s): (s, size.node.shape_env) for s in size.node.expr.free_symbols}
     limits = _length_limits(program, entry)
     lowest = {symbol: _lower(symbol, shape_env) for symbol, shape_env in found.values()}
-    for symbol, least in lowest.items():
+    relaxed = lowest if program.info.get("least_size", 1) < EXPORT_MINIMUM else {}
+    for symbol, least in relaxed.items():
         if least == EXPORT_MINIMUM and holds_at(entry, lowest | {symbol: 1}):
             lowest[symbol] = 1
     return tuple(_symbol(name, lowest[found[name][0]], *found[name], limits.get(name)) for name in sorted(found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,9 @@ def _widest(model: nn.Module, inputs: Inputs) -> Program:
             program = _traced(model, candidate)
             program.main.examples = dict(inputs.tensors)
             if _agrees(program, model, inputs):
-                return program
+                return _bounded(program, model, inputs)
     try:
-        return _traced(model, exact)
+        return _bounded(_traced(model, exact), model, inputs)
     except CompileError:
         raise
     except Exception as error:
@@ -133,6 +134,28 @@ def _agrees(program: Program, model: nn.Module, inputs: Inputs) -> bool:
     found = list(program.run("forward", inputs.tensors).values())
     same = all(relative_error(e, f) < SAME for e, f in zip(expected, found, strict=True))
     return same and _ranks_hold(program, inputs)
+
+
+def _bounded(program: Program, model: nn.Module, inputs: Inputs) -> Program:
+    """torch.export assumes sizes of at least 2. A model that does something else at 1 keeps that bound, with a note."""
+    facts = {binding(n).key: value(n) for n in program.main.placeholders("input")}
+    single = {key: _narrowed(tensor, facts[key]) for key, tensor in inputs.tensors.items() if key in facts}
+    try:
+        same = _agrees(program, model, replace(inputs, tensors={**inputs.tensors, **single}))
+    except Exception:
+        same = False
+    if not same:
+        program.info["least_size"] = 2
+        program.info["notes"].append("the model differs or fails at size 1: symbolic sizes are at least 2")
+    return program
+
+
+def _narrowed(tensor: Tensor, fact: Tensor) -> Tensor:
+    """The tensor cut to 1 along its symbolic dimensions."""
+    for axis, size in enumerate(fact.shape):
+        if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+            tensor = tensor.narrow(axis, 0, 1)
+    return tensor
 
 
 def _ranks_hold(program: Program, inputs: Inputs) -> bool:

@@ -325,3 +325,15 @@ def test_weights_without_values():
 def test_not_a_model(model):
     with pytest.raises(CompileError):
         capture(model, (torch.zeros(2),))
+
+
+class SingleTokenBranch(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.shape[1] > 1 else x * 100
+
+
+def test_a_model_that_differs_at_size_one_keeps_sizes_of_two():
+    program = capture(SingleTokenBranch(), (torch.randn(2, 5, 3),))
+
+    assert program.info["least_size"] == 2
+    assert "the model differs or fails at size 1: symbolic sizes are at least 2" in program.info["notes"]
