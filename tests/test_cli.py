@@ -257,9 +257,16 @@ def test_commands_on_an_artefact_do_not_load_torch(lm, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def heed_interrupts():
+    """A test run in the background of a shell ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupt_gives_130_and_no_output(models):
     command = [sys.executable, "-m", "sylvester", "compile", "cli_models:slow", "-o", "out"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
     assert process.stdout
     assert process.stdout.readline() == "started\n"
     process.send_signal(signal.SIGINT)
