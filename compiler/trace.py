@@ -152,7 +152,8 @@ def _bounded(program: Program, model: nn.Module, inputs: Inputs) -> Program:
 
 def _narrowed(tensor: Tensor, fact: Tensor) -> Tensor:
     """The tensor cut to 1 along its symbolic dimensions."""
-    for axis, size in enumerate(fact.shape):
+    sizes: tuple[int | torch.SymInt, ...] = tuple(fact.shape)
+    for axis, size in enumerate(sizes):
         if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
             tensor = tensor.narrow(axis, 0, 1)
     return tensor
