@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-needs_model = pytest.mark.skipif(
-    not (EXAMPLES / "models" / "novels-7m").exists(), reason="the shipped model is missing"
-)
 
 
 def run(name, *arguments):
@@ -33,7 +30,6 @@ def test_semantic_search_finds_lines_by_meaning(tmp_path):
     assert len(lines) == 4
 
 
-@needs_model
 @pytest.mark.slow
 def test_quickstart_writes_text():
     out = run("quickstart.py")
@@ -42,7 +38,6 @@ def test_quickstart_writes_text():
     assert len(out.split()) > 20
 
 
-@needs_model
 @pytest.mark.slow
 def test_demo_agrees_with_eager_pytorch():
     assert "same 200 greedy tokens as eager PyTorch: yes" in run("demo.py")
