@@ -22,14 +22,14 @@ class Knob:
 CC = Knob("SYLVESTER_CC", "", "C compiler command; empty: ziglang, then clang, then gcc")
 ISA = Knob("SYLVESTER_ISA", "", "force one CPU variant (scalar, avx2, avx512); empty: the best the CPU has")
 THREADS = Knob("SYLVESTER_THREADS", "0", "threads of a CPU artefact; 0: all cores this process may use")
-CACHE = Knob("SYLVESTER_CACHE", "", "folder for compiled objects; empty: ~/.cache/sylvester")
+CACHE = Knob("SYLVESTER_CACHE", "", "folder where the C compiler keeps its own cache; empty: ~/.cache/sylvester")
 CHECK = Knob("SYLVESTER_CHECK", "1", "0 skips the numerical check of exact passes")
 
 KNOBS = (CC, ISA, THREADS, CACHE, CHECK)
 
 
 def cache_folder() -> Path:
-    """The per-user folder for compiled objects."""
+    """The per-user folder where the C compiler keeps its own cache."""
     return Path(CACHE.get()) if CACHE.get() else Path.home() / ".cache" / "sylvester"
 
 
