@@ -31,8 +31,11 @@ types: $(READY) ## check types with mypy --strict
 golden: $(READY) ## rewrite tests/golden from actual output, to be reviewed with git diff
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --update-golden $(ARGS)
 
-bench: $(READY) ## run every benchmark and print ratios against its peers
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python -m benchmarks.$$(basename $$file .py); done
+bench: $(READY) ## time every installed peer beside us; WORKS="S-decode zoo" ENGINES="sylvester onnxruntime" choose
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@mkdir -p out
+	$(BIN)/python -m benchmarks.suite --json out/bench.json --svg out/bench.svg \
+	  $(if $(WORKS),--works $(WORKS)) $(if $(ENGINES),--engines $(ENGINES)) $(ARGS)
 
 venv: $(READY)
 

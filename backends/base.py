@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from sylvester.compiler.ledger import Fusion
 from sylvester.compiler.manifest import Manifest
 from sylvester.compiler.program import Program
 from sylvester.compiler.progress import Progress
@@ -16,6 +18,12 @@ class Backend(ABC):
     """Building may need torch and a C compiler; what runs the folder is named in `backends.LOADERS` and may not."""
 
     name: ClassVar[str]
+    tunes: ClassVar[bool] = False
+    """Whether it takes `Target.tune`."""
+    notes: Sequence[str] = ()
+    """What the last build has to say in the ledger."""
+    fusions: Sequence[Fusion] = ()
+    """What the kernels of the last build do together."""
 
     @abstractmethod
     def build(self, program: Program, target: Target, folder: Path, progress: Progress) -> Manifest:
@@ -23,3 +31,10 @@ class Backend(ABC):
 
         `Unsupported` names the ops that have no lowering; `ToolchainMissing` when code cannot be compiled.
         """
+
+    def identity(self, target: Target) -> tuple[str, ...] | None:
+        """What decides the result of `build` besides program, target and this package: tools, measurements.
+
+        None, the default: it cannot be told, so that nothing built before is reused.
+        """
+        return None

@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from sylvester.backends.base import Backend
-from sylvester.backends.signature import dtype_text, manifest
-from sylvester.backends.tensor_writer import Deferred, write_tensors
+from sylvester.backends.kernel_table import write_table
+from sylvester.backends.packed_weights import stored_tensors
+from sylvester.backends.signature import manifest
+from sylvester.backends.tensor_writer import write_tensors
 from sylvester.backends.toolchain import build_shared, find_compiler
-from sylvester.codegen.compile import WeightUse, compile_program
-from sylvester.codegen.isa import ISAS, Isa
-from sylvester.codegen.linear import PANEL, pack
+from sylvester.backends.tuning import tune, write_problems
+from sylvester.codegen.compile import compile_program
+from sylvester.codegen.isa import variants
+from sylvester.compiler import quantized_ops  # noqa: F401  (registers the ops below)
 from sylvester.compiler.errors import Unsupported
 from sylvester.compiler.manifest import Manifest
-from sylvester.compiler.program import Program
+from sylvester.compiler.program import Program, binding
 from sylvester.compiler.progress import Progress
 from sylvester.compiler.target import Target
 
 BUILDERS = 2
+BF16_READERS = (torch.ops.sylvester.linear_bf16.default, torch.ops.sylvester.widen_bf16.default)
 
 
 class Cpu(Backend):
     name: ClassVar[str] = "cpu"
+    tunes: ClassVar[bool] = True
 
     def build(self, program: Program, target: Target, folder: Path, progress: Progress) -> Manifest:
         _require_float32(program)
-        compiler = find_compiler()
+        compiler = find_compiler(architecture=target.architecture)
         compiled = compile_program(program)
-        isas = _chosen(target)
+        isas = variants(compiled.unit.formats, target.architecture, target.isas)
+        tuning = tune(compiled.problems, isas, target, compiler, seconds=target.tune, progress=progress)
+        isas, self.notes, self.fusions = tuning.isas, tuning.notes, compiled.fusions
         progress("compile", 0, len(isas))
         with ThreadPoolExecutor(BUILDERS) as pool:
             jobs = [
@@ -49,41 +55,23 @@ class Cpu(Backend):
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        write_tensors(folder / "weights.safetensors", _stored(program, compiled.weights))
+        write_tensors(folder / "weights.safetensors", stored_tensors(program, compiled.weights))
+        write_table(folder, compiled.unit.costs)
+        write_problems(folder, compiled.problems, tuning)
         names = {entry: [use.name for use in uses] for entry, uses in compiled.weights.items()}
-        return manifest(program, target, isas=[isa.name for isa in isas], weights=names)
-
-
-def _chosen(target: Target) -> list[Isa]:
-    """The variants to build; the scalar one is always among them because it tells what the CPU has."""
-    known = {isa.name: isa for isa in ISAS}
-    for name in target.isas:
-        if name not in known:
-            raise Unsupported(f"no CPU variant named {name!r}", hint=f"variants are {list(known)}")
-    return [isa for isa in ISAS if not target.isas or isa.name in target.isas or isa is ISAS[0]]
+        made = manifest(program, target, isas=[isa.name for isa in isas], weights=names)
+        return replace(made, arch=target.architecture)
 
 
 def _require_float32(program: Program) -> None:
-    wrong = {
-        key: t.dtype for key, t in program.weights.items() if t.dtype in (torch.float64, torch.float16, torch.bfloat16)
-    }
-    if wrong:
-        key, dtype = next(iter(wrong.items()))
-        raise Unsupported(
-            f"the cpu target computes in float32, found {len(wrong)} weights of other float types: {key!r} is {dtype}",
-            hint="call model.float() before compiling",
-        )
-
-
-def _stored(program: Program, weights: Mapping[str, Iterable[WeightUse]]) -> dict[str, Deferred]:
-    """Every stored tensor once, in order of first use."""
-    uses = {use.name: use for entry in weights.values() for use in entry}
-    return {name: _laid_out(program.weights[use.key], use.packed) for name, use in uses.items()}
-
-
-def _laid_out(weight: Tensor, packed: bool) -> Deferred:
-    plain = weight.detach().contiguous()
-    if not packed:
-        return Deferred(tuple(plain.shape), dtype_text(plain.dtype), plain.numpy)
-    n, k = plain.shape
-    return Deferred((-(-n // PANEL), k, PANEL), "float32", lambda: pack(plain.numpy()))
+    """Activations are float32; half-precision weights are for the ops that say so."""
+    for entry in program.entries.values():
+        for weight in entry.placeholders("weight"):
+            dtype = program.weights[binding(weight).key].dtype
+            low_bit = all(user.target in BF16_READERS for user in weight.users)
+            if dtype in (torch.float64, torch.float16) or (dtype == torch.bfloat16 and not low_bit):
+                raise Unsupported(
+                    f"the cpu target computes in float32, found weights of other float types: "
+                    f"{binding(weight).key!r} is {dtype}",
+                    hint="call model.float() before compiling, then a pass such as 'bf16' for smaller weights",
+                )

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sylvester.codegen.isa import ISAS
+from sylvester.codegen import isa as isas
+from sylvester.codegen.isa import Isa
 from sylvester.compiler import knobs
 from sylvester.compiler.errors import ArtefactError, Unsupported
+from sylvester.compiler.manifest import Manifest
+from sylvester.compiler.target import host_architecture
 
-ABI = 1
-LEVELS = {isa.name: isa.level for isa in ISAS}
+ABI = 2
 Int64s = ctypes.POINTER(ctypes.c_int64)
-SIGNATURES = {"arena": (Int64s,), "shapes": (Int64s, Int64s), "run": (ctypes.c_void_p, Int64s, ctypes.c_void_p)}
+Doubles = ctypes.POINTER(ctypes.c_double)
+SIGNATURES = {
+    "arena": (Int64s,),
+    "shapes": (Int64s, Int64s),
+    "run": (ctypes.c_void_p, Int64s, ctypes.c_void_p),
+    "profile": (ctypes.c_void_p, Int64s, ctypes.c_void_p, Doubles),
+    "costs": (Int64s, ctypes.c_int64, Doubles, Doubles),
+}
+WITHOUT_RESULT = ("shapes", "costs")
 
 
 class Library:
@@ -32,13 +43,15 @@ class Library:
         self.team_free = self._function("sv_team_free", None, ctypes.c_void_p)
         self.error_value = self._function("sv_team_error_value", ctypes.c_int64, ctypes.c_void_p)
         self._entries = {
-            (verb, name): self._function(f"sv_{verb}_{name}", None if verb == "shapes" else ctypes.c_int64, *arguments)
+            (verb, name): self._function(
+                f"sv_{verb}_{name}", None if verb in WITHOUT_RESULT else ctypes.c_int64, *arguments
+            )
             for name in entries
             for verb, arguments in SIGNATURES.items()
         }
 
     def entry(self, verb: str, name: str) -> ctypes._NamedFuncPointer:
-        """`arena`, `shapes` or `run` of one entry."""
+        """`arena`, `shapes`, `run`, `profile` or `costs` of one entry."""
         return self._entries[verb, name]
 
     def _function(self, name: str, result: type | None, *arguments: Any) -> ctypes._NamedFuncPointer:
@@ -54,40 +67,61 @@ def _open(path: Path) -> ctypes.CDLL:
     try:
         code = ctypes.CDLL(str(path))
     except OSError as error:
-        raise ArtefactError(f"cannot load {path}: {error}", hint="the artefact is for Linux on x86-64") from error
+        raise ArtefactError(f"cannot load {path}: {error}", hint="artefacts are for Linux") from error
     if not hasattr(code, "sv_abi"):
         raise ArtefactError(f"{path.name} is not code of an artefact: it has no function sv_abi")
     code.sv_abi.restype = ctypes.c_int64
     return code
 
 
-def cpu_level(scalar: Path) -> int:
-    """What this CPU can run, asked from the baseline build, which every CPU can execute."""
-    return int(_open(scalar).sv_isa_level())
+def cpu_level(baseline: Path) -> int:
+    """What this CPU can run, asked from the baseline build, which every CPU of the architecture can execute."""
+    return int(_open(baseline).sv_isa_level())
 
 
-def choose(folder: Path, isas: Sequence[str]) -> Path:
-    """The best variant of `folder/code` this CPU has, or the one the knob forces."""
-    level = cpu_level(folder / "code" / "scalar.so")
+@dataclass(frozen=True)
+class Choice:
+    """The variant to load, and why it is not a better one where that needs saying."""
+
+    path: Path
+    notes: tuple[str, ...] = ()
+
+
+def choose(folder: Path, manifest: Manifest) -> Choice:
+    """The best variant in `folder/code` that this CPU has and may use, or the one the knob forces."""
+    architecture = manifest.arch or host_architecture()
+    if architecture != host_architecture():
+        raise ArtefactError(
+            f"the artefact is for {architecture}, this machine is {host_architecture()}",
+            hint=f"load it there, or compile with Target('cpu', arch={host_architecture()!r})",
+        )
+    known = isas.of(architecture)
+    baseline = folder / "code" / f"{known[0].name}.so"
+    notes: list[str] = []
+    for isa in _candidates(known, manifest.isas, cpu_level(baseline)):
+        if not isa.permission or _open(baseline).sv_permit_tiles() == 0:
+            return Choice(folder / "code" / f"{isa.name}.so", tuple(notes))
+        notes.append(f"{isa.name} is not used: the kernel refused this process the AMX tile registers")
+    raise Unsupported(notes[-1], hint=f"unset {knobs.ISA.name}, or compile with every variant")
+
+
+def _candidates(known: Sequence[Isa], names: Sequence[str], level: int) -> list[Isa]:
+    """The variants that may be loaded, the best first: those this CPU has, or the forced one alone."""
+    carried = [isa for isa in known if isa.name in names]
+    best = max((isa for isa in known if isa.level <= level), key=lambda isa: isa.level).name
     forced = knobs.ISA.get()
-    if forced:
-        _check_forced(forced, isas, level)
-        return folder / "code" / f"{forced}.so"
-    fit = [isa for isa in isas if LEVELS.get(isa, level + 1) <= level]
-    if not fit:
+    if forced and forced not in names:
         raise Unsupported(
-            f"this CPU has level {level}, the artefact has {list(isas)}", hint="compile with the scalar variant"
+            f"{knobs.ISA.name}={forced!r}, but the artefact has {list(names)}", hint="unset it or choose one of these"
         )
-    return folder / "code" / f"{max(fit, key=LEVELS.__getitem__)}.so"
-
-
-def _check_forced(forced: str, isas: Sequence[str], level: int) -> None:
-    if forced not in isas:
-        raise Unsupported(
-            f"{knobs.ISA.name}={forced!r}, but the artefact has {list(isas)}", hint="unset it or choose one of these"
-        )
-    if LEVELS.get(forced, 0) > level:
-        best = max((isa for isa in ISAS if isa.level <= level), key=lambda isa: isa.level).name
+    wanted = [isa for isa in carried if not forced or isa.name == forced]
+    fit = [isa for isa in wanted if isa.level <= level]
+    if forced and not fit:
         raise Unsupported(
             f"{knobs.ISA.name}={forced!r}, but this CPU has {best} at most", hint=f"unset it or use {best}"
         )
+    if not fit:
+        raise Unsupported(
+            f"this CPU has {best} at most, the artefact has {list(names)}", hint="compile it with every variant"
+        )
+    return sorted(fit, key=lambda isa: -isa.level)

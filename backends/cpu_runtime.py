@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sylvester.backends.cpu_library import Library, choose
+from sylvester.backends.cpu_library import Doubles, Library, choose
 from sylvester.backends.memory import aligned, aligned_empty, aligned_zeros
 from sylvester.backends.tensor_file import map_tensors
 from sylvester.compiler import binding, knobs
@@ -45,9 +45,12 @@ class Engine:
     """Runs entries; safe to share between threads, which take turns, and after a fork."""
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
-        self.manifest = manifest
+        self.folder, self.manifest = folder, manifest
         self.threads = threads or _wanted_threads(manifest)
-        self.library = Library(choose(folder, manifest.isas), list(manifest.entries))
+        choice = choose(folder, manifest)
+        self.library = Library(choice.path, list(manifest.entries))
+        self.notes = choice.notes
+        """What the user should know of the variant that was loaded."""
         self._weights = _load_weights(folder, manifest)
         self._calls: dict[object, Call] = {}
         self._arena: Array = aligned_empty((0,), "uint8")
@@ -71,8 +74,13 @@ class Engine:
             {n: aligned_zeros(s, binding.DTYPES.get(slots[n].dtype, slots[n].dtype)) for n, s in shapes.items()}
         )
 
-    def run(self, entry: str, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
-        """One call of an entry; `InputError` when the inputs do not fit, with what was found and expected."""
+    def run(
+        self, entry: str, inputs: Mapping[str, Array], state: State | None = None, times: Array | None = None
+    ) -> dict[str, Array]:
+        """One call of an entry; `InputError` when the inputs do not fit, with what was found and expected.
+
+        The seconds of every kernel are added to `times` (float64) when it is given; kernels then run one by one.
+        """
         spec = self.manifest.entries[entry_of(self.manifest, entry)]
         arrays = [aligned(a) for a in binding.complete(spec, inputs, state)]
         with self._lock:
@@ -83,8 +91,18 @@ class Engine:
                 aligned_empty(shape, binding.DTYPES.get(o.dtype, o.dtype))
                 for shape, o in zip(call.outputs, spec.outputs, strict=True)
             ]
-            self._execute(entry, call, arrays, state, outputs)
+            self._execute(entry, call, arrays, state, outputs, times)
         return {o.name: array for o, array in zip(spec.outputs, outputs, strict=True)}
+
+    def costs(self, entry: str, inputs: Mapping[str, Array], state: State | None, kernels: int) -> Array:
+        """[2, kernels]: floating-point operations and bytes of every kernel in a call with these inputs."""
+        spec = self.manifest.entries[entry_of(self.manifest, entry)]
+        arrays = binding.complete(spec, inputs, state)
+        sizes = self._prepare(entry, spec, arrays, state).sizes
+        found = np.zeros((2, kernels))
+        position = state.position if state else 0
+        self.library.entry("costs", entry)(sizes, position, _doubles(found[0]), _doubles(found[1]))
+        return found
 
     def close(self) -> None:
         """Stop the threads; a later run is an error."""
@@ -137,7 +155,13 @@ class Engine:
         return Call(sizes, buffers, shapes, int(self.library.entry("arena", entry)(sizes)))
 
     def _execute(
-        self, entry: str, call: Call, arrays: Sequence[Array], state: State | None, outputs: Sequence[Array]
+        self,
+        entry: str,
+        call: Call,
+        arrays: Sequence[Array],
+        state: State | None,
+        outputs: Sequence[Array],
+        times: Array | None,
     ) -> None:
         spec = self.manifest.entries[entry]
         if call.arena > self._arena.nbytes:
@@ -152,7 +176,10 @@ class Engine:
                 call.slots = tuple(weakref.ref(a) for a in slots)
         _point(call.buffers, 0, arrays)
         _point(call.buffers, len(arrays) + len(spec.weights) + len(spec.states), [*outputs, self._arena])
-        code = self.library.entry("run", entry)(self._team, call.sizes, call.buffers)
+        if times is None:
+            code = self.library.entry("run", entry)(self._team, call.sizes, call.buffers)
+        else:
+            code = self.library.entry("profile", entry)(self._team, call.sizes, call.buffers, _doubles(times))
         if code:
             raise _error(int(code), int(self.library.error_value(self._team)), spec, arrays)
 
@@ -168,6 +195,10 @@ class Engine:
                     f"expected a contiguous, writable {dtype} array of shape {list(shapes[name])}",
                     hint="make the state with `new_state` and change its arrays in place",
                 )
+
+
+def _doubles(array: Array) -> Any:
+    return array.ctypes.data_as(Doubles)
 
 
 def _point(buffers: Any, first: int, arrays: Sequence[Array]) -> None:

@@ -27,6 +27,9 @@ class Null:
 
         return manifest(program, target)
 
+    def identity(self, target: Target) -> tuple[str, ...] | None:
+        return None
+
 
 @dataclass(frozen=True)
 class NullRunner:

@@ -7,17 +7,22 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from sylvester.codegen.isa import Isa
+from sylvester.backends.build_cache import built_before, keep
+from sylvester.codegen.isa import Isa, variants
 from sylvester.compiler import knobs
 from sylvester.compiler.errors import CompileError, ToolchainMissing
+from sylvester.compiler.target import host_architecture
 
 GLIBC = "2.17"
 """Oldest glibc a library built with zig runs on."""
 _SHOWN_LINES = 20
-_FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-pthread")
+_FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-pthread")
 _MATH = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 
 
@@ -35,19 +40,29 @@ class Compiler:
     def arguments(self, isa: Isa) -> list[str]:
         """The command line for `isa`, without the source and the output."""
         if self.family == "zig":
-            machine = ["-target", f"x86_64-linux-gnu.{GLIBC}", f"-march={isa.march.replace('-', '_')}", "-g0", "-s"]
+            name = isa.zig or "+".join((isa.march, *isa.features)).replace("-", "_")
+            machine = ["-target", f"{isa.architecture}-linux-gnu.{GLIBC}", f"-march={name}", "-g0", "-s"]
         else:
-            machine = [f"-march={isa.march}", "-Wno-psabi"]
+            machine = [f"-march={isa.march}", *(f"-m{name}" for name in isa.features), "-Wno-psabi"]
         return [*self.command, *_FLAGS, *_MATH, *machine, *isa.flags]
 
 
-def find_compiler(named: str | None = None) -> Compiler:
-    """The compiler named by the caller or the knob, else ziglang, clang, gcc; ToolchainMissing when there is none."""
+def find_compiler(named: str | None = None, architecture: str = "") -> Compiler:
+    """The compiler named by the caller or the knob, else ziglang, clang, gcc; ToolchainMissing when there is none.
+
+    ziglang builds for every architecture; another compiler must be named to build for one that is not the host's.
+    """
+    architecture = architecture or host_architecture()
     named = knobs.CC.get() if named is None else named
     if named:
-        return _named(named)
+        return _built_for(_named(named), architecture)
     if find_spec("ziglang") is not None:
         return Compiler((sys.executable, "-m", "ziglang", "cc"), "zig")
+    if architecture != host_architecture():
+        raise ToolchainMissing(
+            f"no C compiler for {architecture} on {host_architecture()}",
+            hint=f"pip install ziglang, or name a cross compiler by {knobs.CC.name}",
+        )
     for name in ("clang", "gcc"):
         if path := shutil.which(name):
             return Compiler((path,), name)
@@ -67,22 +82,63 @@ def _named(named: str) -> Compiler:
     return Compiler((path, *rest), family)
 
 
+def _built_for(compiler: Compiler, architecture: str) -> Compiler:
+    """The compiler, after it said that it builds for this architecture."""
+    if compiler.family == "zig":
+        return compiler
+    asked = subprocess.run([*compiler.command, "-dumpmachine"], capture_output=True, text=True, check=False)
+    found = asked.stdout.strip().partition("-")[0]
+    if found != architecture:
+        raise ToolchainMissing(
+            f"{' '.join(compiler.command)!r} builds for {found or 'an unknown machine'}, expected {architecture}",
+            hint=f"name a compiler for {architecture} by {knobs.CC.name}, or pip install ziglang",
+        )
+    return compiler
+
+
+@cache
+def version(compiler: Compiler) -> str:
+    """What the compiler calls itself; where it is installed does not matter."""
+    if compiler.command[1:3] == ("-m", "ziglang"):
+        return metadata.version("ziglang")
+    try:
+        shown = subprocess.run([*compiler.command, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ToolchainMissing(f"cannot ask {compiler.command[0]!r} for its version: {error}") from error
+    return (shown.stdout.splitlines() or ["unknown"])[0]
+
+
 def build_shared(source: str, out: Path, isa: Isa, *, compiler: Compiler | None = None) -> Path:
-    """Compile C text into the shared library `out`, which appears whole or not at all."""
-    compiler = compiler or find_compiler()
+    """Compile C text into the shared library `out`, which appears whole or not at all.
+
+    The same text, compiler and flags give the library that an earlier call kept in the cache folder.
+    """
+    compiler = compiler or find_compiler(architecture=isa.architecture)
+    flags = compiler.arguments(isa)[len(compiler.command) :]
+    key = sha256("\0".join([source, compiler.family, version(compiler), *flags]).encode()).hexdigest()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=out.parent) as folder:
-        text = Path(folder, f"{out.stem}.c")
         built = Path(folder, out.name)
-        text.write_text(source, encoding="utf-8")
-        _run([*compiler.arguments(isa), "-o", str(built), str(text), "-lm"], out.name)
+        if not built_before(key, built):
+            _build(source, built, isa, compiler)
+            keep(key, built)
         built.replace(out)
     return out
 
 
-def _run(command: list[str], what: str) -> None:
+def _build(source: str, built: Path, isa: Isa, compiler: Compiler) -> None:
+    """Objects are linked as for the baseline: zig would build its support library anew for every instruction set."""
+    text, compiled = built.with_suffix(".c"), built.with_suffix(".o")
+    text.write_text(source, encoding="utf-8")
+    scratch = built.with_name("zig")
+    _run([*compiler.arguments(isa), "-c", "-o", str(compiled), str(text)], built.name, scratch)
+    link = compiler.arguments(variants((), isa.architecture)[0])
+    _run([*link, "-shared", "-o", str(built), str(compiled), "-lm"], built.name, scratch)
+
+
+def _run(command: list[str], what: str, scratch: Path) -> None:
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=_environment()
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=_environment(scratch)
     )
     try:
         output, _ = process.communicate()
@@ -95,6 +151,8 @@ def _run(command: list[str], what: str) -> None:
         raise BuildFailed(f"{Path(command[0]).name} exited with {process.returncode} while building {what}:\n{lines}")
 
 
-def _environment() -> dict[str, str]:
-    """The caller's environment with zig's cache in the user's cache folder."""
-    return knobs.child_environment(ZIG_GLOBAL_CACHE_DIR=str(knobs.cache_folder() / "zig"))
+def _environment(scratch: Path) -> dict[str, str]:
+    """The caller's environment; zig keeps its support libraries in the user's cache folder, what it builds in scratch."""
+    return knobs.child_environment(
+        ZIG_GLOBAL_CACHE_DIR=str(knobs.cache_folder() / "zig"), ZIG_LOCAL_CACHE_DIR=str(scratch)
+    )

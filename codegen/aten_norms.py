@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from sylvester.codegen.aten_reductions import affine, axes, count, reduced_over, spread, squares_about_mean, stored
 from sylvester.codegen.elementwise import call, pointwise
 from sylvester.codegen.index import index
-from sylvester.codegen.lazy import Indices, Lazy
+from sylvester.codegen.lazy import Indices, Lazy, RowNorm
 from sylvester.codegen.lowering import Fact, Lowering, lowers
 from sylvester.codegen.scalar import Constant, Expr
 from sylvester.compiler.errors import Unsupported
@@ -69,7 +70,8 @@ def _rms_norm(lowering: Lowering, fact: Fact, x: Lazy, dims: Sequence[int], weig
     x = stored(lowering, x)
     total = reduced_over(lowering, "sum", x, dims, "f32", lambda e, _: call("mul", e, e))
     scale = spread(fact.shape, inverse_deviation(lowering, total, count(x, dims), eps), dims)
-    return affine(fact, pointwise(fact, lambda e, s: call("mul", e, s), x, scale), weight, None)
+    y = affine(fact, pointwise(fact, lambda e, s: call("mul", e, s), x, scale), weight, None)
+    return replace(y, norm=RowNorm("rms", x, weight, None, eps)) if dims == [len(x.shape) - 1] else y
 
 
 @lowers(aten.layer_norm.default)
@@ -104,6 +106,8 @@ def _layer_norm(
     scale = spread(fact.shape, rows, dims)
     centred = pointwise(fact, lambda e, m: call("sub", e, m), x, spread(fact.shape, average, dims))
     y = affine(fact, pointwise(fact, lambda e, s: call("mul", e, s), centred, scale), weight, bias)
+    if dims == [len(x.shape) - 1]:
+        y = replace(y, norm=RowNorm("layer", x, weight, bias, eps))
     units = tuple(index(1) if d in dims else n for d, n in enumerate(x.shape))
     return [y, spread(units, average, dims), spread(units, rows, dims)]
 

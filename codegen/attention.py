@@ -2,28 +2,62 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from sylvester.codegen.prelude import render
+from sylvester.codegen.scalar import C_TYPES
 
 MaskKind = Literal["none", "float", "bool"]
 
+CACHE_TYPES = ("f32", "bf16")
+"""Scalar types of keys and values; bf16 is widened as it is read."""
 _MASKS: dict[str, str] = {
     "none": "(void)batch, (void)head;",
     "float": """const int64_t *by = a->mask_stride;
     const float *mask = (const float *)a->mask + batch * by[0] + head * by[1] + i * by[2] + from * by[3];
-    for (int64_t j = 0; j < n; j++) s[j] += mask[j * by[3]];""",
+    for (int64_t j = 0; j < n; j++) s[j] += mask[j * by[3]] * SV_LOG2E;""",
     "bool": """const int64_t *by = a->mask_stride;
     const uint8_t *mask = (const uint8_t *)a->mask + batch * by[0] + head * by[1] + i * by[2] + from * by[3];
     for (int64_t j = 0; j < n; j++) s[j] = mask[j * by[3]] ? s[j] : -INFINITY;""",
 }
+SPLIT_ROWS = 512
+"""Rows times parts of the keys that a lowering leaves room for."""
 
 
-def attention_header() -> str:
+@dataclass(frozen=True)
+class Tuning:
+    """What a tuner may vary; the defaults are good for head sizes of 32 to 128."""
+
+    blocks: int = 16
+    """Row blocks in the largest tile."""
+    keys: int = 256
+    """Keys per step of the running maximum, a multiple of 32."""
+    few: int = 8
+    """Rows up to which keys and values are not packed; at most 8."""
+    split: int = 256
+    """Fewest keys of a part when threads share the keys of a tile."""
+
+    def __post_init__(self) -> None:
+        if self.keys % 32 or self.few > 8 or min(self.blocks, self.keys, self.split) < 1 or self.few < 0:
+            raise ValueError(f"attention needs keys in multiples of 32 and at most 8 few rows, got {self}")
+
+
+def attention_header(tuning: Tuning | None = None) -> str:
     """Types and helpers shared by all instances; goes once before the first."""
-    return render("attention.h.in")
+    choice = tuning or Tuning()
+    shared = render("attention.h.in", BLOCKS=choice.blocks, KEYS=choice.keys, FEW=choice.few, SPLIT=choice.split)
+    return shared + render("attention_lanes.h.in")
 
 
-def attention(name: str, head_dim: int, value_dim: int, mask: MaskKind = "none") -> str:
-    """C text of one instance; `<name>_scratch` is the scratch it needs per thread."""
-    return render("attention.c.in", NAME=name, D=head_dim, DV=value_dim, MASK=_MASKS[mask])
+def attention(name: str, head_dim: int, value_dim: int, mask: MaskKind = "none", cache: str = "f32") -> str:
+    """C text of one instance over k and v of dtype `cache`; `<name>_scratch` is the scratch it needs per thread."""
+    values = {"NAME": name, "D": head_dim, "DV": value_dim, "KV": C_TYPES[cache], "MASK": _MASKS[mask]}
+    values["MASKED"] = int(mask != "none")
+    parts = ("attention_sizes.c.in", "attention_few.c.in", "attention.c.in")
+    return "\n".join(render(part, **values) for part in parts)
+
+
+def part_floats(value_dim: int) -> int:
+    """Floats of shared memory with which a call may split the keys among threads."""
+    return SPLIT_ROWS * (value_dim + 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -18,51 +19,90 @@ from sylvester.codegen import (
     convolution,
     dialect,
     families,
+    linears,
+    low_bit,
     pooling,
+    rotations,
 )
+from sylvester.codegen.epilogue import fuse_epilogues
+from sylvester.codegen.fusions import fusions
 from sylvester.codegen.index import Size, Var, atom, flatten, product
-from sylvester.codegen.lazy import Buffer, Plan, Store
-from sylvester.codegen.lowering import Lowering, require_lowerings
+from sylvester.codegen.layout import Layout
+from sylvester.codegen.lazy import Buffer, Linear, Plan, Store
+from sylvester.codegen.linear import linear_extern
+from sylvester.codegen.linear_groups import linear_groups
+from sylvester.codegen.linears import lower_group, stored_weight
+from sylvester.codegen.lowering import Lowering, StoredLayers, require_lowerings
 from sylvester.codegen.plan import Unit
+from sylvester.codegen.problems import problems_of
+from sylvester.codegen.reads import step_reads
 from sylvester.codegen.scalar import Load
 from sylvester.codegen.shapes import size
+from sylvester.codegen.space import Problem
+from sylvester.compiler.ledger import Fusion
 from sylvester.compiler.program import Entry, Program, value
 
 REGISTERED = (
     aten_activations, aten_factories, aten_indexing, aten_norms, aten_pointwise, aten_reductions, aten_views,
-    convolution, dialect, families, pooling,
+    convolution, dialect, families, linears, low_bit, pooling, rotations,
 )  # fmt: skip
 """Every module whose import registers lowerings."""
 
 
 @dataclass(frozen=True)
-class WeightUse:
-    """A stored tensor of an entry: the weight's key, and whether it is stored in panels."""
-
-    key: str
-    packed: bool
-
-    @property
-    def name(self) -> str:
-        return f"{self.key}@panels" if self.packed else self.key
-
-
-@dataclass(frozen=True)
 class Compiled:
+    """Per entry: the stored tensors in the order of their pointers, and what the kernels may be tuned for."""
+
     unit: Unit
-    weights: Mapping[str, tuple[WeightUse, ...]]
+    weights: Mapping[str, tuple[Layout, ...]]
+    problems: Mapping[str, Counter[Problem]]
+    fusions: tuple[Fusion, ...]
 
 
 def compile_program(program: Program) -> Compiled:
     """Lower every entry; `Unsupported` lists the ops that have no lowering."""
-    require_lowerings(program.entries.values())
-    unit, weights = Unit(), {}
-    for name, entry in program.entries.items():
-        plan = Lowering(name, program, entry).run()
+    unit, weights, problems, fused = Unit(), {}, {}, []
+    for name, plan in plans(program).items():
+        hints = _hints(program.entries[name])
         outputs = [_in_place(plan, b) for b in plan.of_kind("output")]
-        unit.add(plan, outputs, _hints(entry))
-        weights[name] = tuple(WeightUse(b.key, b.packed) for b in plan.of_kind("weight"))
-    return Compiled(unit, weights)
+        problems[name] = problems_of(plan, hints)
+        fused += fuse(plan, hints)
+        unit.add(plan, outputs, hints)
+        weights[name] = tuple(b.layout for b in plan.of_kind("weight") if b.layout)
+    return Compiled(unit, weights, problems, tuple(fused))
+
+
+def program_problems(program: Program) -> dict[str, Counter[Problem]]:
+    """What the kernels of every entry may be tuned for."""
+    return {name: problems_of(plan, _hints(program.entries[name])) for name, plan in plans(program).items()}
+
+
+def plans(program: Program) -> dict[str, Plan]:
+    """Every entry as steps in graph order, nothing fused yet but linear layers over one input."""
+    require_lowerings(program.entries.values())
+    groups = linear_groups(program)
+    single = {g.weights[0]: stored_weight(g) for found in groups.values() for g in found.values() if len(g.nodes) == 1}
+    return {
+        name: Lowering(name, program, entry, StoredLayers(groups[name], single, lower_group)).run()
+        for name, entry in program.entries.items()
+    }
+
+
+def fuse(plan: Plan, hints: Mapping[Size, int]) -> list[Fusion]:
+    """Put elementwise work into the kernels of linear layers, make those calls, and say what they now hold."""
+    plan.steps = fuse_epilogues(plan)
+    found = fusions(plan, hints)
+    plan.steps = [linear_extern(s, plan.buffers) if isinstance(s, Linear) else s for s in plan.steps]
+    _drop_unread(plan)
+    return found
+
+
+def _drop_unread(plan: Plan) -> None:
+    """Forget stored tensors that no step reads."""
+    read = set().union(*(step_reads(s) for s in plan.steps))
+    for buffer in plan.of_kind("weight"):
+        if buffer.name not in read:
+            del plan.buffers[buffer.name]
 
 
 def _in_place(plan: Plan, output: Buffer) -> Buffer:

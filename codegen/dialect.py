@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from sylvester.codegen import kv_update as kv_update_family
 from sylvester.codegen.aten_activations import gelu_name
 from sylvester.codegen.aten_indexing import loaded
 from sylvester.codegen.elementwise import call, choose, is_test, pointwise, value_of
-from sylvester.codegen.index import Index, sum_of
-from sylvester.codegen.lazy import Buffer, Indices, Lazy, Store, of_buffer
+from sylvester.codegen.families import unit_last
+from sylvester.codegen.index import Index, index, product, sum_of
+from sylvester.codegen.lazy import Buffer, Extern, Indices, Lazy, Pointer, Store, of_buffer
 from sylvester.codegen.lowering import Fact, Lowering, lowers
+from sylvester.codegen.reads import loads
 from sylvester.codegen.scalar import Expr, cast
-from sylvester.codegen.schedule import loads
 
 dialect = torch.ops.sylvester
 
@@ -56,10 +58,12 @@ def sign_of(second: Index) -> Expr:
     return cast(value_of(2 * second - 1), "f32")
 
 
-@lowers(dialect.kv_update.default)
+@lowers(dialect.kv_update.default, bf16=True)
 def kv_update(lowering: Lowering, fact: Fact, cache: Lazy, new: Lazy, past: Lazy) -> Lazy:
     """A state buffer is updated in place, anything else copied; positions are checked against the capacity."""
     buffer = _writable(lowering, cache)
+    if buffer.dtype == "bf16":
+        return _rounded_update(lowering, buffer, new, past)
     if any(load.buffer == buffer.name for load in loads(new.probe[1])):  # rows would be read after they are written
         new = of_buffer(_copied(lowering, new))
     capacity, tokens = buffer.shape[2], new.shape[2]
@@ -70,6 +74,30 @@ def kv_update(lowering: Lowering, fact: Fact, cache: Lazy, new: Lazy, past: Lazy
         return buffer.offset([i[0], i[1], sum_of([first, i[2] % capacity]), i[3]])
 
     lowering.plan.steps.append(Store(buffer.name, new.shape, buffer.dtype, new.load, place))
+    return of_buffer(buffer)
+
+
+def _rounded_update(lowering: Lowering, buffer: Buffer, new: Lazy, past: Lazy) -> Lazy:
+    """float32 rows into a bfloat16 cache."""
+    rows, position, (batch, heads, tokens, _) = unit_last(lowering, new), lowering.contiguous(past), new.shape
+    name = "sv_kv_update_bf16"
+    lowering.extern(
+        Extern(
+            f"{name}_past",
+            kv_update_family.kv_update(name, cache="bf16"),
+            (
+                Pointer(buffer.name, index(0), "bf16"),
+                Pointer(rows.buffer, rows.offset),
+                Pointer(position.name, index(0), "i64"),
+                *(batch, heads, tokens, *buffer.shape[3:1:-1], *rows.strides[:3]),
+            ),
+            writes=(buffer.name,),
+            reads=(rows.buffer, position.name),
+            work=product(new.shape),
+            flops=index(0),
+            bytes=product(new.shape) * 6,
+        )
+    )
     return of_buffer(buffer)
 
 

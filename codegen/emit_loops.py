@@ -9,7 +9,8 @@ from sylvester.codegen.index import Atom, Index, Loaded, Size, Var, atom, c_text
 from sylvester.codegen.lazy import Buffer, Reduce, Store
 from sylvester.codegen.loop_axes import split_axes
 from sylvester.codegen.scalar import BYTES, C_TYPES, FLOATS, Expr, Load, c_expression
-from sylvester.codegen.schedule import LoopNest, Member, certain, certain_in, loads, row_offset, row_variables
+from sylvester.codegen.reads import loads
+from sylvester.codegen.schedule import LoopNest, Member, certain, certain_in, row_offset, row_variables
 
 MAX_LOCAL_BYTES = 16384
 START = {"sum": "0", "prod": "1", "any": "0", "all": "1"}
@@ -58,7 +59,7 @@ class Emitter:
         head = self._head(rows)
         arguments = [self._parameter(name, text) for name, text in self.parameters.items()]
         signature = ", ".join(["const sv_thread *t", *arguments, *(f"int64_t {n}" for n in self.sizes.values())])
-        text = "\n".join([f"static void NAME({signature}) {{", *head, *body, *self._advance(), "  }", "}"])
+        text = "\n".join([f"static SV_NOINLINE void NAME({signature}) {{", *head, *body, *self._advance(), "  }", "}"])
         return LoopFunction(text, tuple(self.parameters), tuple(self.sizes), rows * self._row_work())
 
     def _parameter(self, name: str, text: str) -> str:

@@ -1,4 +1,4 @@
-"""Ops that a kernel family computes: linear, matmul, attention, convolution."""
+"""Ops over two activations that a kernel family computes: matrix products and attention."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 
 from sylvester.codegen import attention as attention_family
-from sylvester.codegen import linear as linear_family
 from sylvester.codegen import matmul as matmul_family
+from sylvester.codegen.costs import attention_costs
 from sylvester.codegen.elementwise import call, pointwise, scaled
 from sylvester.codegen.index import Index, index, product
 from sylvester.codegen.lazy import Buffer, Extern, Lazy, Pointer, Shape, Strided, as_strided, of_buffer
@@ -18,58 +18,10 @@ from sylvester.codegen.prelude import render
 from sylvester.compiler.errors import Unsupported
 
 aten, dialect = torch.ops.aten, torch.ops.sylvester
-LINEAR, MATMUL = "sv_linear", "sv_matmul"
+MATMUL = "sv_matmul"
 
 
-@lowers(aten.linear.default)
-def linear(lowering: Lowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy | None = None) -> Lazy:
-    """y = x w^T + b over weights packed once; a weight that is computed at run time goes through the batched matmul."""
-    stored = _packed(lowering, weight)
-    n, k = weight.shape
-    if stored is None:
-        turned = Lazy((k, n), weight.dtype, lambda i: weight.load([i[1], i[0]]))
-        joined = matmul(lowering, fact, x, turned)
-        return joined if bias is None else pointwise(fact, lambda a, b: call("add", a, b), joined, bias)
-    y = lowering.buffer("arena", fact.shape, fact.dtype)
-    rows, stride = _rows(lowering, x)
-    m = product(fact.shape[:-1])
-    shift = None if bias is None else lowering.contiguous(bias)
-    lowering.extern(
-        Extern(
-            LINEAR,
-            linear_family.linear(LINEAR),
-            (Pointer(y.name, index(0)), rows, Pointer(stored.name, index(0)), _pointer(shift), m, n, k, stride, n),
-            writes=(y.name,),
-            reads=(rows.buffer, stored.name, *([shift.name] if shift else [])),
-            work=m * n * k,
-        )
-    )
-    return of_buffer(y)
-
-
-def _packed(lowering: Lowering, weight: Lazy) -> Buffer | None:
-    """The packed weight buffer that `weight` reads whole, if it is one."""
-    indices, element = weight.probe
-    buffer = lowering.plan.buffers.get(getattr(element, "buffer", ""))
-    matches = buffer is not None and buffer.packed and getattr(element, "offset", None) == buffer.offset(indices)
-    return buffer if matches else None
-
-
-def _pointer(buffer: Buffer | None) -> Pointer | None:
-    return None if buffer is None else Pointer(buffer.name, index(0), buffer.dtype)
-
-
-def _rows(lowering: Lowering, x: Lazy) -> tuple[Pointer, Index]:
-    """x [..., k] as rows of unit-stride features: where they start and how far apart they are."""
-    view = as_strided(x)
-    if view is not None and view.strides[-1] == index(1):
-        stride = _collapsed(view.strides[:-1], x.shape[:-1])
-        if stride is not None:
-            return Pointer(view.buffer, view.offset), stride
-    return Pointer(lowering.contiguous(x).name, index(0)), x.shape[-1]
-
-
-def _collapsed(strides: Sequence[Index], shape: Shape) -> Index | None:
+def collapsed(strides: Sequence[Index], shape: Shape) -> Index | None:
     """The stride of the axes flattened into one, or None when they do not flatten; unit axes do not matter."""
     axes = [(s, n) for s, n in zip(strides, shape, strict=True) if n.constant != 1]
     for (outer, _), (inner, n) in pairwise(axes):
@@ -125,7 +77,7 @@ def _batched(lowering: Lowering, x: Lazy, batch: Shape) -> tuple[Strided, Index]
     for candidate in (wide, None):
         source = candidate or of_buffer(lowering.contiguous(wide))
         view = as_strided(source)
-        stride = None if view is None else _collapsed(view.strides[:-2], batch)
+        stride = None if view is None else collapsed(view.strides[:-2], batch)
         if view is not None and stride is not None:
             return view, stride
     raise AssertionError("a contiguous buffer is always a view with collapsible batch axes")
@@ -139,7 +91,7 @@ def baddbmm(
     return pointwise(fact, lambda s, p: call("add", scaled(s, float(beta)), scaled(p, float(alpha))), shift, y)
 
 
-@lowers(dialect.attention.default)
+@lowers(dialect.attention.default, bf16=True)
 def attention(
     lowering: Lowering,
     fact: Fact,
@@ -156,26 +108,32 @@ def attention(
     head_dim, value_dim = q.shape[-1].constant, v.shape[-1].constant
     if head_dim is None or value_dim is None:
         raise Unsupported("attention with a symbolic head size has no lowering", hint="make the feature size static")
-    name = f"sv_attention_{head_dim}_{value_dim}_{kind}"
+    if k.dtype != v.dtype or k.dtype not in attention_family.CACHE_TYPES:
+        raise Unsupported(f"attention over keys of dtype {k.dtype} and values of dtype {v.dtype} has no lowering")
+    name = f"sv_attention_{head_dim}_{value_dim}_{kind}" + ("" if k.dtype == "f32" else f"_{k.dtype}")
     q, k, v = (_repeated(x, fact.shape[0]) for x in (q, k, v))
     if k.shape[1] != v.shape[1]:
         k, v = (_repeated(x, *fact.shape[:2]) for x in (k, v))
-    views = [_unit_last(lowering, x) for x in (q, k, v)]
+    views = [unit_last(lowering, x) for x in (q, k, v)]
     covering = None if mask is None else _mask_view(lowering, mask, (*q.shape[:3], k.shape[2]))
     position = None if past is None else lowering.contiguous(past)
     y, place = _token_major(lowering, fact)
+    flops, traffic = attention_costs(q, k, v, past=past is not None, causal=causal)
     outer = [s for view in ((place, *views)) for s in view.strides[:3]]
     strides = [*outer, *(covering.strides if covering else [index(0)] * 4)]
-    source = attention_family.attention(name, head_dim, value_dim, mask=kind) + render("attention_call.c.in", NAME=name)
+    family = attention_family.attention(name, head_dim, value_dim, mask=kind, cache=k.dtype)
+    part = _part(lowering, product(fact.shape[:3]), value_dim)
     lowering.extern(
         Extern(
             f"{name}_call",
-            source,
+            family + render("attention_call.c.in", NAME=name),
             (
                 Pointer(y.name, index(0)),
-                *(Pointer(w.buffer, w.offset) for w in views),
+                *(Pointer(w.buffer, w.offset, d) for w, d in zip(views, ("f32", k.dtype, v.dtype), strict=True)),
                 None if covering is None else Pointer(covering.buffer, covering.offset, "void"),
                 None if position is None else Pointer(position.name, index(0), "i64"),
+                None if part is None else Pointer(part.name, index(0)),
+                index(0) if part is None else part.shape[0],
                 q.shape[0],
                 q.shape[1],
                 k.shape[1],
@@ -186,15 +144,29 @@ def attention(
                 index(int(causal)),
                 index(window),
             ),
-            writes=(y.name,),
+            writes=(y.name, *([part.name] if part else [])),
             reads=tuple(w.buffer for w in (*views, *([covering] if covering else [])))
             + ((position.name,) if position else ()),
             work=product(q.shape[:3]) * k.shape[2] * head_dim * 2,
             scratch=(f"{name}_scratch", ()),
+            flops=flops,
+            bytes=traffic,
+            problem=(
+                "attention",
+                f"{k.dtype}/{'causal' if causal else 'full'}",
+                (q.shape[2], k.shape[2], q.shape[0] * q.shape[1], q.shape[0] * k.shape[1], index(head_dim)),
+            ),
         )
     )
     dim = fact.shape[3]
     return Lazy(fact.shape, fact.dtype, lambda i: of_buffer(y).load([i[0], i[2], i[1] * dim + i[3]]))
+
+
+def _part(lowering: Lowering, rows: Index, value_dim: int) -> Buffer | None:
+    """Memory for the results of parts of the keys, unless there are too many rows to split them."""
+    if rows.constant is not None and 2 * rows.constant > attention_family.SPLIT_ROWS:
+        return None
+    return lowering.buffer("arena", (index(attention_family.part_floats(value_dim)),), "f32")
 
 
 @lowers(aten.scaled_dot_product_attention.default)
@@ -253,7 +225,7 @@ def _repeated(x: Lazy, *leading: Index) -> Lazy:
     return Lazy((*leading, *x.shape[len(leading) :]), x.dtype, x.at)
 
 
-def _unit_last(lowering: Lowering, x: Lazy) -> Strided:
+def unit_last(lowering: Lowering, x: Lazy) -> Strided:
     """x as a strided view whose last axis is contiguous."""
     view = as_strided(x)
     if view is None or view.strides[-1] != index(1):

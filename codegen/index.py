@@ -164,8 +164,25 @@ def _collect(terms: Iterable[tuple[Monomial, int]]) -> Index:
         total[monomial] = total.get(monomial, 0) + coefficient
     kept = [(m, c) for m, c in total.items() if c]
     if len(kept) > 1:
+        whole = _rejoined(total)
+        if whole is not None:
+            return whole
         kept.sort(key=lambda t: [_key(a) for a in t[0]])
     return Index(tuple(kept))
+
+
+def _rejoined(total: Mapping[Monomial, int]) -> Index | None:
+    """The sum with one (x // n) * n + x % n replaced by x, or None when it has none."""
+    for monomial, coefficient in total.items():
+        for a in monomial:
+            if not coefficient or not isinstance(a, Remainder) or len(a.bottom.terms) != 1:
+                continue
+            ((divisor, factor),), rest = a.bottom.terms, _without(monomial, a)
+            partner = _sorted((*rest, Quotient(a.top, a.bottom), *divisor))
+            if partner != monomial and total.get(partner) == coefficient * factor:
+                others = [(m, c) for m, c in total.items() if m not in (monomial, partner)]
+                return _collect([*others, *(Index(((rest, coefficient),)) * a.top).terms])
+    return None
 
 
 def index(n: Number) -> Index:

@@ -8,29 +8,36 @@ from functools import cached_property
 from typing import Literal
 
 from sylvester.codegen.index import Index, Loaded, Size, Var, atom, flatten, index, product
-from sylvester.codegen.linear import PANEL
+from sylvester.codegen.layout import PANEL, Format, FormatName, Layout
 from sylvester.codegen.scalar import BYTES, Expr, Load
 
 Indices = Sequence[Index]
 Shape = tuple[Index, ...]
 ReduceKind = Literal["sum", "prod", "max", "min", "argmax", "argmin", "any", "all"]
 BufferKind = Literal["input", "weight", "state", "output", "arena"]
+Arithmetic = Literal["f32", "bf16", "int8"]
+POSITION = Size("position")
+"""How many positions of the state are filled: known to the costs of a call, not to its plan."""
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Contiguous row-major memory. A packed weight [n, k] is stored as ceil(n / 32) panels [k][32], zero padded."""
+    """Contiguous row-major memory, or a stored weight in panels: float32 [n, k] as ceil(n / 32) panels [k][32]."""
 
     name: str
     shape: Shape
     dtype: str
     kind: BufferKind
     key: str = ""
-    packed: bool = False
+    layout: Layout | None = None
 
     @property
     def nbytes(self) -> Index:
         return product(self.shape) * BYTES[self.dtype]
+
+    @property
+    def packed(self) -> bool:
+        return self.layout is not None and self.layout.kind == "panels"
 
     def offset(self, indices: Indices) -> Index:
         if not self.packed:
@@ -46,6 +53,8 @@ class Lazy:
     shape: Shape
     dtype: str
     load: Callable[[Indices], Expr]
+    norm: RowNorm | None = field(default=None, compare=False)
+    """How a kernel may compute the rows itself, when the tensor is a normalisation over its last axis."""
 
     def at(self, indices: Indices) -> Expr:
         """The element that broadcasts to `indices` of a result of equal or higher rank."""
@@ -62,6 +71,17 @@ class Lazy:
     def operations(self) -> int:
         """Scalar operations per element."""
         return self.probe[1].operations
+
+
+@dataclass(frozen=True)
+class RowNorm:
+    """y = x / sqrt(mean(x^2) + eps) * weight ("rms"), or the same of x - mean(x), plus bias ("layer")."""
+
+    kind: Literal["rms", "layer"]
+    x: Lazy
+    weight: Lazy | None
+    bias: Lazy | None
+    eps: float
 
 
 def of_buffer(buffer: Buffer) -> Lazy:
@@ -96,13 +116,14 @@ def as_strided(tensor: Lazy) -> Strided | None:
 
 @dataclass(frozen=True)
 class Store:
-    """buffer[place(i)] = make(i) for every i in `shape`."""
+    """buffer[place(i)] = make(i) for every i in `shape`; `label`: the node it is for and its module, or several."""
 
     buffer: str
     shape: Shape
     dtype: str
     make: Callable[[Indices], Expr]
     place: Callable[[Indices], Index]
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,6 +136,7 @@ class Reduce:
     dtype: str
     kind: ReduceKind
     make: Callable[[Indices, Indices], Expr]
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -130,7 +152,9 @@ class Pointer:
 class Extern:
     """A call of a kernel family instance. Arguments are pointers, sizes, floats as text, or None for a null pointer.
 
-    `source` is the C text that the call needs, `scratch` a C function and its arguments giving bytes per thread.
+    `source` is the C text that the call needs, `scratch` a C function and its arguments giving bytes per thread, `work`
+    the multiply-adds. `flops` (twice the work when not given) and `bytes` (each operand once) are what the kernel is
+    measured by; both may depend on `POSITION`. `arithmetic` is the peak it is held against.
     """
 
     function: str
@@ -140,9 +164,44 @@ class Extern:
     reads: tuple[str, ...]
     work: Index
     scratch: tuple[str, tuple[Index, ...]] | None = None
+    flops: Index | None = None
+    bytes: Index | None = None
+    arithmetic: Arithmetic = "f32"
+    formats: tuple[FormatName, ...] = ()
+    """Weight formats whose kernels the source calls."""
+    problem: tuple[str, str, tuple[Index, ...]] | None = None
+    """What it may be tuned for: family, format and sizes."""
+    label: str = ""
 
 
-Step = Store | Reduce | Extern
+@dataclass(frozen=True)
+class Linear:
+    """outputs[w] [m, n] = rows [m, k] W_w^T + bias_w for one weight, or for several side by side (`ways`).
+
+    `rows` are normalised first when there is a `norm`. `records` is memory for the rows in the format of the weights.
+    `epilogue` is a step that alone reads the outputs; its buffer takes the place of the first.
+    """
+
+    outputs: tuple[str, ...]
+    rows: Pointer
+    stride: Index
+    weight: str
+    bias: str | None
+    records: str | None
+    m: Index
+    n: Index
+    k: Index
+    format: Format
+    norm: RowNorm | None = None
+    parameters: tuple[str | None, str | None] = (None, None)
+    """Buffers of the norm's weight and bias."""
+    layers: int = 1
+    """Linear layers of the graph that this is."""
+    epilogue: Store | None = None
+    label: str = ""
+
+
+Step = Store | Reduce | Extern | Linear
 
 
 @dataclass

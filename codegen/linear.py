@@ -1,26 +1,115 @@
-"""y = x W^T + bias with the weight packed once into panels of 32 output columns."""
+"""The kernel of a linear step: one driver text for every weight format, with its norm and its epilogue filled in."""
 
 from __future__ import annotations
 
+from hashlib import sha1
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from sylvester.codegen.epilogue import Finish, finish
+from sylvester.codegen.index import Index, index
+from sylvester.codegen.layout import F32, PANEL, Format
+from sylvester.codegen.lazy import Arithmetic, Buffer, Extern, Linear, Pointer, RowNorm
 from sylvester.codegen.prelude import render
 
-PANEL = 32
+FEW_ROWS = 4
+"""Rows that every thread packs for itself (SV_FEW_ROWS)."""
+ARITHMETIC: dict[str, Arithmetic] = {"f32": "f32", "bf16": "bf16", "q8": "int8", "q4": "int8"}
 
-_EPILOGUE = """for (int64_t i = 0; i < rows; i++) {
-            float *out = c + i * ldy;
-            #pragma omp simd
-            for (int64_t j = 0; j < cols; j++) out[j] = %s;
-        }"""
+_SECOND = """float *c = z ? z + row * n + col : tiles;
+            const int64_t ld = z ? n : SV_PANEL;
+            o.panel += size, o.bias = bias ? bias + n + col : NULL, o.c = c, o.ldc = ld;
+            sv_{format}_panel(&o);"""
 
 
-def linear(name: str = "sv_linear", epilogue: str | None = None) -> str:
-    """C text of one instance; `epilogue` is an expression of `out[j]` (row + i, col + j is its place in y)."""
-    return render("linear.c.in", NAME=name, EPILOGUE=_EPILOGUE % epilogue if epilogue else "")
+def linear_text(form: Format = F32, *, norm: RowNorm | None = None, ways: int = 1, done: Finish | None = None) -> str:
+    """C text of an instance, with NAME for its name."""
+    return render(
+        "linear.c.in",
+        NAME="NAME",
+        FORMAT=form.name,
+        GROUP=form.group,
+        WAYS=ways,
+        PACKS=int(form != F32 or norm is not None),
+        NORM="" if norm is None else _norm(norm),
+        SECOND=_SECOND.format(format=form.name) if ways > 1 else "",
+        PARAMETERS=", const float *scale, const float *shift" + (done.parameters if done else ""),
+        FINISH=done.function if done else "",
+        EPILOGUE=done.call if done else "",
+    )
+
+
+def _norm(norm: RowNorm) -> str:
+    arguments = "scale, shift" if norm.kind == "layer" else "scale"
+    return f"sv_{norm.kind}_row(normal, row, {arguments}, {float(norm.eps)!r}f, k), row = normal;"
+
+
+def linear_extern(step: Linear, buffers: dict[str, Buffer]) -> Extern:
+    """The step as a call of its kernel instance."""
+    done = None if step.epilogue is None else finish(step.epilogue, step.outputs, step.n)
+    ways, y = len(step.outputs), step.outputs[0] if step.epilogue is None else step.epilogue.buffer
+    text = linear_text(step.format, norm=step.norm, ways=ways, done=done)
+    name = f"sv_linear_{step.format.name}_{sha1(text.encode()).hexdigest()[:10]}"
+    second = step.outputs[1] if ways > 1 and step.epilogue is None else None
+    parameters = [_pointer(p) for p in step.parameters]
+    extra = [Pointer(b, index(0), buffers[b].dtype) for b in done.buffers] if done else []
+    operands = (step.rows.buffer, step.weight, step.bias, *step.parameters, *(done.buffers if done else ()))
+    written = [b for b in (y, second, step.records) if b is not None]
+    return Extern(
+        name,
+        text.replace("NAME", name),
+        (
+            Pointer(y, index(0)),
+            _pointer(second),
+            step.rows,
+            Pointer(step.weight, index(0), buffers[step.weight].dtype),
+            _pointer(step.bias),
+            None if step.records is None else Pointer(step.records, index(0), "u8"),
+            step.m,
+            step.n,
+            step.k,
+            step.stride,
+            *parameters,
+            *extra,
+            *(done.sizes if done else ()),
+        ),
+        writes=tuple(written),
+        reads=tuple(b for b in operands if b is not None),
+        work=step.m * step.n * step.k * ways,
+        scratch=(f"{name}_scratch", (step.k,)),
+        bytes=_bytes(step, buffers, done),
+        arithmetic=ARITHMETIC[step.format.name],
+        formats=(step.format.name,),
+        label=_label(step),
+    )
+
+
+def _label(step: Linear) -> str:
+    """Everything that the call computes."""
+    before = f"{step.norm.kind}_norm" if step.norm else ""
+    after = step.epilogue.label if step.epilogue else ""
+    return "; ".join(label for label in (before, step.label, after) if label)
+
+
+def _bytes(step: Linear, buffers: dict[str, Buffer], done: Finish | None) -> Index:
+    """Each operand once; outputs that an epilogue reads do not reach memory."""
+    outputs = 1 if step.epilogue is not None else len(step.outputs)
+    total = buffers[step.weight].nbytes + step.m * (step.k + step.n * outputs) * 4
+    for name in done.buffers if done else ():
+        total = total + buffers[name].nbytes
+    return total
+
+
+def _pointer(name: str | None) -> Pointer | None:
+    return None if name is None else Pointer(name, index(0))
+
+
+def record_bytes(form: Format, k: int) -> int:
+    """An upper bound, over all variants, of the bytes of one packed row."""
+    groups = k // form.group if form.group else 1
+    return -(-4 * (k + 4) // 64) * 64 + -(-4 * groups // 64) * 64 + 128
 
 
 def pack(weight: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

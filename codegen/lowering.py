@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from sylvester.codegen.index import Index, Size, index
+from sylvester.codegen.layout import Layout, plain
 from sylvester.codegen.lazy import (
     Buffer,
     BufferKind,
@@ -26,12 +27,13 @@ from sylvester.codegen.lazy import (
     Store,
     of_buffer,
 )
+from sylvester.codegen.linear_groups import LinearGroup
 from sylvester.codegen.scalar import Constant, Expr, IndexValue, Load
 from sylvester.codegen.shapes import dtype_of, shape_of, size
 from sylvester.compiler import ops  # noqa: F401  (registers the dialect, which lowerings name)
-from sylvester.compiler.errors import Unsupported
+from sylvester.compiler.errors import Unsupported, module_path
 from sylvester.compiler.printing import op_name
-from sylvester.compiler.program import Entry, Program, binding, is_weight, value
+from sylvester.compiler.program import Entry, Program, binding, value
 
 CHEAP_OPERATIONS = 2
 MAX_OPERATIONS = 80
@@ -48,62 +50,108 @@ class Fact:
 Lower = Callable[..., Any]
 Lowerer = TypeVar("Lowerer", bound=Lower)
 LOWERINGS: dict[Any, Lower] = {}
+TAKES_BF16: set[Any] = set()
+"""Ops whose lowerings read or write bfloat16, which C code holds as its bits."""
 
 
-def lowers(*targets: Any) -> Callable[[Lowerer], Lowerer]:
-    """Register `f(lowering, fact, *args, **kwargs)` for ops; tensors arrive as Lazy, symbolic sizes as Index."""
+def lowers(*targets: Any, bf16: bool = False) -> Callable[[Lowerer], Lowerer]:
+    """Register `f(lowering, fact, *args, **kwargs)` for ops; tensors arrive as Lazy, symbolic sizes as Index.
+
+    `bf16` says that the function takes bfloat16 tensors.
+    """
 
     def register(function: Lowerer) -> Lowerer:
         LOWERINGS.update(dict.fromkeys(targets, function))
+        TAKES_BF16.update(targets if bf16 else ())
         return function
 
     return register
 
 
+@dataclass(frozen=True)
+class StoredLayers:
+    """The linear layers of an entry whose weights are stored, which run in groups."""
+
+    groups: Mapping[fx.Node, LinearGroup]
+    layouts: Mapping[str, tuple[Layout, Shape, str]]
+    """How a weight is stored that other ops read as well, with the shape and dtype of its buffer."""
+    lower: Callable[[Lowering, LinearGroup], dict[fx.Node, Lazy]]
+
+
 class Lowering:
     """Builds the plan of one entry."""
 
-    def __init__(self, name: str, program: Program, entry: Entry) -> None:
-        self.program, self.entry = program, entry
+    def __init__(self, name: str, program: Program, entry: Entry, layers: StoredLayers) -> None:
+        self.program, self.entry, self.layers = program, entry, layers
         self.plan = Plan(name, _sizes(entry))
         self.values: dict[fx.Node, Any] = {}
-        self.weights: dict[str, str] = {}
+        self._stored: dict[str, Buffer] = {}
         self._names = itertools.count()
 
     def run(self) -> Plan:
         require_lowerings([self.entry])
-        for node in self.entry.placeholders():
-            self._placeholder(node)
+        for kind in ("input", "state"):
+            for node in self.entry.placeholders(kind):
+                fact = value(node)
+                buffer = self.buffer(kind, shape_of(fact), dtype_of(fact.dtype), binding(node).key)
+                self.values[node] = of_buffer(buffer)
         for node in self.entry.calls():
-            if not isinstance(value(node), (int, torch.SymInt)):
-                self.values[node] = self._call(node)
+            if node not in self.values and not isinstance(value(node), (int, torch.SymInt)):
+                self._lower(node)
         self._outputs()
         return self.plan
 
-    def _placeholder(self, node: fx.Node) -> None:
-        bound, fact = binding(node), value(node)
-        buffer = self.buffer(bound.kind, shape_of(fact), dtype_of(fact.dtype), bound.key, packed=_is_packed(node))
-        self.values[node] = of_buffer(buffer)
+    def _lower(self, node: fx.Node) -> None:
+        before = len(self.plan.steps)
+        if node in self.layers.groups:
+            self.values |= self.layers.lower(self, self.layers.groups[node])
+        else:
+            self.values[node] = self._call(node)
+        self._label(before, origin(node))
 
     def _call(self, node: fx.Node) -> Any:
         args = map_aggregate(node.args, self._argument)
         kwargs = map_aggregate(dict(node.kwargs), self._argument)
         fact = value(node)
         described = Fact(shape_of(fact), dtype_of(fact.dtype)) if isinstance(fact, Tensor) else fact
+        _require_no_bf16(node, described, (*args, *kwargs.values()))
         result = LOWERINGS[node.target](self, described, *args, **kwargs)
         if isinstance(result, Lazy) and self._worth_storing(node, result):
             return self.realize(result)
         return result
 
+    def _label(self, first: int, label: str) -> None:
+        """Name the steps from number `first` on that have no name yet."""
+        self.plan.steps[first:] = [s if s.label else replace(s, label=label) for s in self.plan.steps[first:]]
+
     def _argument(self, argument: Any) -> Any:
         if not isinstance(argument, fx.Node):
             return size(argument) if isinstance(argument, torch.SymInt) else argument
         fact = value(argument)
-        return size(fact) if isinstance(fact, (int, torch.SymInt)) else self.values[argument]
+        return size(fact) if isinstance(fact, (int, torch.SymInt)) else self.value_of(argument)
+
+    def value_of(self, node: fx.Node) -> Any:
+        """What a node has become; a stored weight gets its buffer when it is first read."""
+        if node not in self.values:
+            key, fact = binding(node).key, value(node)
+            stored = self.layers.layouts.get(key)
+            stored = stored or (plain(key), shape_of(fact), dtype_of(fact.dtype))
+            self.values[node] = of_buffer(self.weight(*stored))
+        return self.values[node]
+
+    def weight(self, layout: Layout, shape: Shape, dtype: str) -> Buffer:
+        """The buffer of a stored tensor, made once."""
+        if layout.name not in self._stored:
+            self._stored[layout.name] = self.buffer("weight", shape, dtype, layout.name, layout=layout)
+        return self._stored[layout.name]
 
     def _worth_storing(self, node: fx.Node, result: Lazy) -> bool:
-        """Shared work is stored unless it is next to nothing; a long expression is stored to keep code small."""
-        readers = [u for u in node.users if not isinstance(u.meta.get("val"), (int, torch.SymInt))]
+        """Shared work is stored unless it is next to nothing; a long expression is stored to keep code small.
+
+        Linear layers that run as one are one reader.
+        """
+        tensors = [u for u in node.users if not isinstance(u.meta.get("val"), (int, torch.SymInt))]
+        readers = {self.layers.groups[u].nodes if u in self.layers.groups else u for u in tensors}
         operations = result.operations
         return operations > MAX_OPERATIONS or (len(readers) > 1 and operations > CHEAP_OPERATIONS)
 
@@ -113,10 +161,13 @@ class Lowering:
             if output.kind == "state":
                 continue
             buffer = self.buffer("output", result.shape, result.dtype, output.name)
-            self.plan.steps.append(Store(buffer.name, result.shape, result.dtype, result.load, buffer.offset))
+            store = Store(buffer.name, result.shape, result.dtype, result.load, buffer.offset, f"output {output.name}")
+            self.plan.steps.append(store)
 
-    def buffer(self, kind: BufferKind, shape: Shape, dtype: str, key: str = "", *, packed: bool = False) -> Buffer:
-        made = Buffer(f"b{next(self._names)}", shape, dtype, kind, key, packed)
+    def buffer(
+        self, kind: BufferKind, shape: Shape, dtype: str, key: str = "", *, layout: Layout | None = None
+    ) -> Buffer:
+        made = Buffer(f"b{next(self._names)}", shape, dtype, kind, key, layout)
         self.plan.buffers[made.name] = made
         return made
 
@@ -175,6 +226,11 @@ class Lowering:
         self.plan.steps.append(step)
 
 
+def origin(node: fx.Node) -> str:
+    """What a step made for this node is called: the node and its module."""
+    return f"{node.name} {module_path(node)}".strip()
+
+
 def element_variables(element: Expr) -> frozenset[Any]:
     return frozenset(element.atoms)
 
@@ -188,10 +244,14 @@ def _sizes(entry: Entry) -> tuple[Size, ...]:
     return tuple(sorted(found, key=lambda s: s.name))
 
 
-def _is_packed(node: fx.Node) -> bool:
-    """Whether a placeholder is a weight that some linear layer multiplies by; its other readers read the panels."""
-    linear = torch.ops.aten.linear.default
-    return is_weight(node) and any(user.target is linear and user.args[1] is node for user in node.users)
+def _require_no_bf16(node: fx.Node, fact: Any, operands: Sequence[Any]) -> None:
+    found = [x for x in (fact, *operands) if isinstance(x, (Fact, Lazy)) and x.dtype == "bf16"]
+    if found and node.target not in TAKES_BF16:
+        raise Unsupported(
+            f"{op_name(node.target)} over bfloat16 has no lowering, the cpu target computes in float32",
+            at=node,
+            hint="only caches and the weights of linear layers may be bfloat16; call model.float() before compiling",
+        )
 
 
 def require_lowerings(entries: Iterable[Entry]) -> None:

@@ -6,16 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sylvester.codegen.attention import attention_header
+from sylvester.codegen.costs import Cost, cost
 from sylvester.codegen.emit_loops import LoopFunction, emit, private_buffers
+from sylvester.codegen.formats import format_headers
 from sylvester.codegen.index import Index, Size, c_text
 from sylvester.codegen.isa import Isa
-from sylvester.codegen.lazy import Buffer, Plan, Pointer
+from sylvester.codegen.layout import FormatName
+from sylvester.codegen.lazy import POSITION, Buffer, Plan, Pointer
 from sylvester.codegen.memory import Slot, assign, lifetimes
 from sylvester.codegen.prelude import prelude, render
 from sylvester.codegen.scalar import C_TYPES
 from sylvester.codegen.schedule import ExternCall, Kernel, LoopNest, schedule
 
-ABI = 1
+ABI = 2
 """Version of the calling convention of the exported functions; the loader checks it."""
 
 
@@ -25,11 +28,17 @@ class Unit:
 
     functions: dict[str, str] = field(default_factory=dict)
     sources: dict[str, None] = field(default_factory=dict)
+    formats: set[FormatName] = field(default_factory=set)
+    """Of the stored weights; each adds its kernels to the text."""
     plans: list[str] = field(default_factory=list)
+    costs: dict[str, tuple[Cost, ...]] = field(default_factory=dict)
+    """Of the kernels of every entry, in the order of the plan."""
 
     def add(self, plan: Plan, outputs: Sequence[Buffer], hints: Mapping[Size, int]) -> None:
         """Schedule an entry and append its plan."""
-        self.plans.append(_Entry(self, plan, outputs, hints).text())
+        entry = _Entry(self, plan, outputs, hints)
+        self.plans.append(entry.text())
+        self.costs[plan.name] = entry.costs
 
     def function(self, text: str) -> str:
         """The name of the function with this text; equal text is emitted once."""
@@ -44,6 +53,7 @@ class Unit:
             "\n\n".join(
                 [
                     prelude(isa),
+                    *format_headers(self.formats, isa),
                     *header,
                     render("plan.h.in"),
                     render("abi.h.in", ABI=ABI),
@@ -68,14 +78,16 @@ class _Entry:
         self.private: set[str] = set().union(*private)
         self.slots = assign(lifetimes(self.kernels, plan.buffers, self.private), plan.buffers, hints)
         self.slot_of = {name: n for n, slot in enumerate(self.slots) for name in slot.buffers}
+        self.costs = tuple(cost(kernel, plan.buffers, self.private) for kernel in self.kernels)
 
     def text(self) -> str:
         pointers = [*(b for kind in ("input", "weight", "state") for b in self.plan.of_kind(kind)), *self.outputs]
         lines = [f"static void sv_plan_{self.plan.name}(const sv_thread *t, void *argument) {{"]
         lines += ["  const sv_call *call = argument;", "  const sv_thread solo = {0, 1, t->team, t->scratch};"]
         lines += [
+            "  double *const times = call->times, mark = sv_mark(t, times);",
             "  int64_t synced = 0, last_wide = -1;",
-            "  (void)synced, (void)last_wide, (void)solo;",
+            "  (void)synced, (void)last_wide, (void)solo, (void)times, (void)mark;",
             *self._sizes("call->sizes"),
         ]
         lines += [f"  {_pointer_type(b)} *{b.name} = call->buffers[{n}];" for n, b in enumerate(pointers)]
@@ -85,7 +97,8 @@ class _Entry:
             kind = C_TYPES[self.plan.buffers[name].dtype]
             lines.append(f"  {kind} *{name} = ({kind} *)(arena + o{n});")
         lines += [self._step(n, kernel) for n, kernel in enumerate(self.kernels)]
-        return "\n".join([*lines, "}", "", self._arena(), "", self._shapes(), "", self._run()])
+        parts = ["\n".join([*lines, "}"]), self._arena(), self._shapes(), self._costs(), self._profile(), self._run()]
+        return "\n\n".join(parts)
 
     def _sizes(self, source: str) -> list[str]:
         lines = [f"  const int64_t {s.name} = {source}[{n}];" for n, s in enumerate(self.plan.sizes)]
@@ -116,20 +129,40 @@ class _Entry:
         lines += [f"  dims[{n}] = {_c(d)};" for n, d in enumerate(dims)]
         return "\n".join([*lines, "}"])
 
+    def _costs(self) -> str:
+        """What every kernel computes and moves at these sizes, when `position` positions of the state are filled."""
+        arguments = f"const int64_t *sizes, int64_t {POSITION.name}, double *flops, double *bytes"
+        lines = [f"SV_EXPORT void sv_costs_{self.plan.name}({arguments}) {{", *self._sizes("sizes")]
+        lines.append(f"  (void){POSITION.name};")
+        for n, kernel in enumerate(self.costs):
+            moved = [f"sv_bytes({_c(part.touched)}, {_c(part.whole)})" for part in kernel.traffic]
+            lines.append(f"  flops[{n}] = (double)({_c(kernel.flops)});")
+            lines.append(f"  bytes[{n}] = {' + '.join(moved) or '0'};")
+        return "\n".join([*lines, "}"])
+
     def _run(self) -> str:
+        arguments = "void *team, const int64_t *sizes, void *const *buffers"
+        return (
+            f"SV_EXPORT int64_t sv_run_{self.plan.name}({arguments}) {{\n"
+            f"  return sv_profile_{self.plan.name}(team, sizes, buffers, NULL);\n}}"
+        )
+
+    def _profile(self) -> str:
         scratch = {k.step.scratch for k in self.kernels if isinstance(k, ExternCall) and k.step.scratch}
-        head = f"SV_EXPORT int64_t sv_run_{self.plan.name}(void *team, const int64_t *sizes, void *const *buffers) {{"
+        arguments = "void *team, const int64_t *sizes, void *const *buffers, double *times"
+        head = f"SV_EXPORT int64_t sv_profile_{self.plan.name}({arguments}) {{"
         lines = [head, *self._sizes("sizes"), "  int64_t scratch = 0;"]
-        for function, arguments in sorted(scratch, key=str):
-            bytes_ = f"{function}({', '.join(_c(a) for a in arguments)})" if arguments else function
+        for function, given in sorted(scratch, key=str):
+            bytes_ = f"{function}({', '.join(_c(a) for a in given)})" if given else function
             lines.append(f"  scratch = sv_larger(scratch, (int64_t){bytes_});")
-        lines.append("  sv_call call = {sizes, buffers};")
+        lines.append("  sv_call call = {sizes, buffers, times};")
         lines.append(f"  return sv_team_run(team, sv_plan_{self.plan.name}, &call, (size_t)scratch);")
         return "\n".join([*lines, "}"])
 
     def _step(self, number: int, kernel: Kernel) -> str:
         if isinstance(kernel, ExternCall):
             self.unit.sources[kernel.step.source] = None
+            self.unit.formats |= set(kernel.step.formats)
             arguments = ", ".join(["u", *(_argument(a) for a in kernel.step.arguments)])
             call, work = f"{kernel.step.function}({arguments})", kernel.step.work
         else:

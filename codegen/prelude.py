@@ -28,5 +28,5 @@ def prelude(isa: Isa) -> str:
         TILES="\n".join(f"SV_TILE({r})" for r in rows),
         TILE_NAMES=", ".join(f"sv_tile_{r}" for r in rows),
     )
-    before = [render(f"{part}.h.in") for part in ("runtime", "vector", "math")]
+    before = [render(f"{part}.h.in") for part in ("runtime", "dispatch", "vector", "math", "norm")]
     return "\n".join([isa.defines(), *before, gemm, render("pack.h.in"), render("conv2d.h.in")])

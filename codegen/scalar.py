@@ -16,8 +16,9 @@ C_TYPES = {
     "i8": "int8_t",
     "u8": "uint8_t",
     "b8": "uint8_t",
+    "bf16": "uint16_t",
 }
-BYTES = {"f32": 4, "f64": 8, "i64": 8, "i32": 4, "i8": 1, "u8": 1, "b8": 1}
+BYTES = {"f32": 4, "f64": 8, "i64": 8, "i32": 4, "i8": 1, "u8": 1, "b8": 1, "bf16": 2}
 FLOATS = ("f32", "f64")
 
 
@@ -126,7 +127,8 @@ FUNCTIONS: dict[str, str] = {
     "itrunc": "({0} / sv_divisor(t, {1}))", "rem": "({0} % sv_divisor(t, {1}))",
     "ipow": "sv_power({0}, {1})", "fmod": "fmodf({0}, {1})", "remainder": "sv_remainder({0}, {1})",
     "floor_quotient": "sv_floor_quotient({0}, {1})", "trunc_quotient": "truncf({0} / {1})",
-    "isnan": "({0} != {0})",
+    "isnan": "({0} != {0})", "shr": "({0} >> {1})",
+    "bf16_bytes": "sv_bf16_bytes({0}, {1})", "f32_bytes": "sv_f32_bytes({0}, {1}, {2}, {3})",
 }  # fmt: skip
 
 

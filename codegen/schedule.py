@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from sylvester.codegen.index import Index, Loaded, Quotient, Remainder, Var, atom, flatten, index, product, within
-from sylvester.codegen.lazy import Extern, Plan, Reduce, Shape, Step, Store
+from sylvester.codegen.lazy import Extern, Linear, Plan, Reduce, Shape, Step, Store
+from sylvester.codegen.reads import loads
 from sylvester.codegen.scalar import Call, Expr, IndexValue, Load
 
 MAX_MEMBERS = 12
@@ -84,6 +85,7 @@ def schedule(plan: Plan) -> list[Kernel]:
 def _alone(step: Step) -> Kernel:
     if isinstance(step, Extern):
         return ExternCall(step)
+    assert not isinstance(step, Linear), "linear steps become calls before they are scheduled"
     nest = LoopNest(_own_rows(step))
     member = _as_member(step, nest.rows)
     assert member is not None
@@ -156,20 +158,6 @@ def _element(rows: Shape, member: Member) -> Expr:
 
 def _place(rows: Shape, member: Member) -> Index:
     return member.place(row_variables(rows), inner_variables(member.inner))
-
-
-def loads(element: Expr) -> Iterator[Load]:
-    """Every memory read of an expression, those inside indices too."""
-    if isinstance(element, Call):
-        for argument in element.arguments:
-            yield from loads(argument)
-        return
-    if isinstance(element, Load):
-        yield element
-    if isinstance(element, (Load, IndexValue)):
-        for a in element.atoms:
-            if isinstance(a, Loaded):
-                yield from loads(a.expression)
 
 
 def certain(element: Expr) -> Iterator[Loaded]:

@@ -14,7 +14,7 @@ from sylvester.compiler.errors import Unsupported
 
 DTYPES = {
     torch.float32: "f32", torch.float64: "f64", torch.int64: "i64", torch.int32: "i32",
-    torch.int8: "i8", torch.uint8: "u8", torch.bool: "b8",
+    torch.int8: "i8", torch.uint8: "u8", torch.bool: "b8", torch.bfloat16: "bf16",
 }  # fmt: skip
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from sylvester.compiler.errors import CompileError
-from sylvester.compiler.manifest import NAME, PRODUCER, REPORT, Manifest, read_verified
+from sylvester.compiler.manifest import NAME, PRODUCER, REPORT, Manifest, read, read_verified
 from sylvester.compiler.registry import loader
-from sylvester.compiler.runner import Runner
+from sylvester.compiler.runner import Runner, RunsElsewhere
+from sylvester.compiler.target import host_architecture
 
 
 def open_runner(folder: Path, threads: int | None = None) -> Runner:
@@ -21,6 +22,12 @@ def open_runner(folder: Path, threads: int | None = None) -> Runner:
         raise CompileError(f"threads must be at least 1, found {threads}")
     manifest = read_verified(folder)
     return cast(Runner, loader(manifest.target)(folder, manifest, threads))
+
+
+def placeholder(folder: Path) -> Runner | None:
+    """What stands for the code of an artefact just built for another architecture; None when it runs here."""
+    manifest = read(folder)
+    return RunsElsewhere(manifest) if manifest.arch not in ("", host_architecture()) else None
 
 
 def read_report(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from sylvester.compiler.binding import asked
 from sylvester.compiler.errors import InputError
 from sylvester.compiler.manifest import Manifest
 from sylvester.compiler.outputs import package
+from sylvester.compiler.runner import Runner
 from sylvester.compiler.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 class Compiled:
     """An artefact folder, loaded. Torch in, torch out; numpy in, numpy out."""
 
-    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, *, threads: int | None = None, runner: Runner | None = None) -> None:
         self._folder = folder
-        self._runner = artefact.open_runner(folder, threads)
+        self._runner = runner or artefact.open_runner(folder, threads)
         self.report = artefact.read_report(folder)
         """Facts about the compilation, as saved in report.json."""
         self._discard: weakref.finalize[Any, Compiled] | None = None
@@ -36,13 +37,18 @@ class Compiled:
     @staticmethod
     def owning(folder: Path, *, threads: int | None = None) -> Compiled:
         """Load a temporary folder, which is deleted with the object."""
-        compiled = Compiled(folder, threads=threads)
+        compiled = Compiled(folder, threads=threads, runner=artefact.placeholder(folder))
         compiled._discard = weakref.finalize(compiled, _delete, folder, os.getpid())
         return compiled
 
     @property
     def manifest(self) -> Manifest:
         return self._runner.manifest
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What loading the code on this machine has to say, such as a variant that could not be used."""
+        return tuple(getattr(self._runner, "notes", ()))
 
     @property
     def entries(self) -> tuple[str, ...]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sylvester.compiler import registry
+from sylvester.compiler import compile_cache, registry
 from sylvester.compiler.causal_lm import analyse
 from sylvester.compiler.changes import Refusal
 from sylvester.compiler.compiled import Compiled
@@ -40,7 +39,7 @@ RAISE = (
     "canonicalize",
     "fold-weights",
 )
-DERIVE = ("derive-decode",)
+DERIVE = ("derive-decode", "last-logits")
 """For causal language models: needs attention and positions in raised form."""
 
 DEFAULT_LENGTH = 2048
@@ -71,19 +70,27 @@ def compile(
     progress: Progress | None = None,
 ) -> Compiled:
     """Compile a model for a target. The result is called like the model; `save` keeps it."""
-    _refuse_untaken(calibration=calibration, draft=draft, budget=budget, tune=tune)
+    _refuse_untaken(calibration=calibration, draft=draft, budget=budget)
     report = progress or silent
-    chosen = Target.parse(target, threads=threads)
+    chosen = Target.parse(target, threads=threads, tune=tune)
     backend = registry.lookup("targets", chosen.name)()
+    if chosen.tune is not None and not getattr(backend, "tunes", False):
+        raise Unsupported(f"the target {chosen.name!r} has nothing to tune", hint="leave out `tune`")
     steps = resolve_passes(passes)
+    key = compile_cache.key(model, example_inputs, dynamic, chosen, steps, backend)
+    if reused := compile_cache.reuse(key, threads):
+        return reused
     program, raised = _trace(model, example_inputs, dynamic, report, chosen.max_length)
     program, rewritten = _rewrite(program, steps, report)
-    folder = Path(tempfile.mkdtemp(prefix="sylvester-"))
+    folder = compile_cache.workplace(key)
     try:
         manifest = backend.build(program, chosen, folder, report)
         _add_tokenizer(program, folder)
-        _write_report(folder, Ledger(raised.rows + rewritten.rows, program.info.get("notes", [])))
+        notes = [*program.info.get("notes", []), *getattr(backend, "notes", ()), *key.notes]
+        fusions = list(getattr(backend, "fusions", ()))
+        _write_report(folder, Ledger(raised.rows + rewritten.rows, notes, fusions))
         replace(manifest, passes=tuple(str(step) for step in steps)).seal(folder)
+        compile_cache.keep(key, folder)
         return Compiled.owning(folder, threads=threads)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -138,9 +145,17 @@ def _rewrite(program: Program, steps: tuple[Pass, ...], progress: Progress) -> t
 
 
 def resolve_passes(passes: str | Pass | Sequence[str | Pass]) -> tuple[Pass, ...]:
-    """Pass instances for names and instances; an unknown name is an error that names the nearest ones."""
+    """Pass instances for names, recipes and instances; an unknown name is an error that names the nearest ones."""
     given = [passes] if isinstance(passes, (str, Pass)) else list(passes)
-    return tuple(registry.lookup("passes", p)() if isinstance(p, str) else p for p in given)
+    return tuple(step for p in given for step in ((p,) if isinstance(p, Pass) else _named(p)))
+
+
+def _named(name: str) -> tuple[Pass, ...]:
+    """The passes of a recipe, or the one pass of that name."""
+    if name in registry.table("recipes"):
+        recipe: tuple[Pass, ...] = registry.lookup("recipes", name)
+        return recipe
+    return (registry.lookup("passes", name)(),)
 
 
 def _refuse_untaken(**options: object) -> None:
@@ -161,5 +176,5 @@ def _add_tokenizer(program: Program, folder: Path) -> None:
 
 
 def _write_report(folder: Path, ledger: Ledger) -> None:
-    report = {"ledger": {"rows": ledger.to_dict(), "text": str(ledger)}}
+    report = {"ledger": {"rows": ledger.to_dict(), "fusions": ledger.fused(), "text": str(ledger)}}
     (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

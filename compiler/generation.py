@@ -1,4 +1,4 @@
-"""Autoregressive decoding over the `prefill` and `decode` entries of an artefact."""
+"""Autoregressive decoding over the entries `start` (or `prefill`) and `decode` of an artefact."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int64]
 
-PREFILL, DECODE = "prefill", "decode"
+PREFILL, START, DECODE = "prefill", "start", "decode"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def steps(runner: Runner, prompt: Ids, options: Options) -> Iterator[Ids]:
     """
     name = _ids_input(runner.manifest)
     count = _token_budget(runner.manifest, prompt, options.max_new_tokens)
-    state = runner.new_state(PREFILL, {name: prompt})
+    state = runner.new_state(_first(runner.manifest), {name: prompt})
     return _steps(runner, name, prompt, state, count, options)
 
 
@@ -57,7 +57,7 @@ def _steps(runner: Runner, name: str, prompt: Ids, state: State, count: int, opt
 
     stop = _stop_ids(runner.manifest, options)
     random = np.random.default_rng(options.seed)
-    entry, tokens = PREFILL, prompt
+    entry, tokens = _first(runner.manifest), prompt
     done = np.zeros(len(prompt), bool)
     for _ in range(count):
         logits = _advance(runner, entry, {name: tokens}, state)
@@ -69,6 +69,11 @@ def _steps(runner: Runner, name: str, prompt: Ids, state: State, count: int, opt
         if done.all():
             return
         entry, tokens = DECODE, chosen[:, None]
+
+
+def _first(manifest: Manifest) -> str:
+    """The entry that takes the prompt: `start` gives the logits of its last token only."""
+    return START if START in manifest.entries else PREFILL
 
 
 def _advance(runner: Runner, entry: str, inputs: dict[str, Ids], state: State) -> NDArray[Any]:

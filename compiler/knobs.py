@@ -20,17 +20,31 @@ class Knob:
 
 
 CC = Knob("SYLVESTER_CC", "", "C compiler command; empty: ziglang, then clang, then gcc")
-ISA = Knob("SYLVESTER_ISA", "", "force one CPU variant (scalar, avx2, avx512); empty: the best the CPU has")
+ISA = Knob("SYLVESTER_ISA", "", "force one CPU variant of an artefact (scalar, avx2, ..., amx); empty: the best the CPU has")
 THREADS = Knob("SYLVESTER_THREADS", "0", "threads of a CPU artefact; 0: all cores this process may use")
-CACHE = Knob("SYLVESTER_CACHE", "", "folder where the C compiler keeps its own cache; empty: ~/.cache/sylvester")
+CACHE = Knob("SYLVESTER_CACHE", "", "folder of everything kept between runs; empty: ~/.cache/sylvester")
+CACHE_SIZE = Knob("SYLVESTER_CACHE_SIZE", "4000", "megabytes of compiled code and models kept for reuse; 0: nothing")
+REUSE = Knob("SYLVESTER_REUSE", "1", "0 compiles a model anew even if it is kept from an earlier run")
+TUNE = Knob("SYLVESTER_TUNE", "1", "0 ignores the tuning database and builds kernels with their defaults")
 CHECK = Knob("SYLVESTER_CHECK", "1", "0 skips the numerical check of exact passes")
 
-KNOBS = (CC, ISA, THREADS, CACHE, CHECK)
+KNOBS = (CC, ISA, THREADS, CACHE, CACHE_SIZE, REUSE, TUNE, CHECK)
 
 
 def cache_folder() -> Path:
-    """The per-user folder where the C compiler keeps its own cache."""
+    """The per-user folder of the tuning database, of compiled code and models, and of the C compiler's own cache."""
     return Path(CACHE.get()) if CACHE.get() else Path.home() / ".cache" / "sylvester"
+
+
+def cache_bytes() -> int:
+    """The most that compiled code and models may take up in the cache folder."""
+    text = CACHE_SIZE.get()
+    if not text.isdigit():
+        raise CompileError(
+            f"{CACHE_SIZE.name} must be a number of megabytes, found {text!r}",
+            hint=f"unset {CACHE_SIZE.name}, or 0 to keep nothing",
+        )
+    return int(text) * 1_000_000
 
 
 def threads() -> int:

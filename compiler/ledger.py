@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 from sylvester.compiler.changes import Changes
 from sylvester.compiler.cost import program_cost
+from sylvester.compiler.measure import Measured
 from sylvester.compiler.program import Program
 
 HEADINGS = ("pass", "contract", "applied", "refused", "nodes", "weights MB", "Mflop", "pass ms", "run ms", "max error")
@@ -32,6 +33,7 @@ class Facts:
 class Row:
     """One pass. `error` is the largest relative error of any output; None when nothing was compared.
 
+    `measured` says more of what a lossy pass changed, on the example inputs.
     `runs` is how many seconds plain PyTorch took for the examples of every entry before and after, when they were run.
     """
 
@@ -43,6 +45,7 @@ class Row:
     seconds: float
     error: float | None = None
     runs: tuple[float, float] | None = None
+    measured: tuple[Measured, ...] = ()
 
     def refusals(self) -> dict[tuple[str, str], tuple[int, str]]:
         """(rule, reason) -> how often, and the first place."""
@@ -66,22 +69,40 @@ class Row:
         )
 
 
+@dataclass(frozen=True)
+class Fusion:
+    """Steps of an entry that one kernel does: how often, and the bytes of memory traffic saved on the example."""
+
+    entry: str
+    kind: str
+    count: int
+    bytes_saved: int
+
+    def __str__(self) -> str:
+        return f"fused in {self.entry}: {self.kind} x{self.count}, {self.bytes_saved / 1e3:.1f} kB less moved"
+
+
 @dataclass
 class Ledger:
-    """Rows in the order the passes ran, and notes about the capture: fixed dimensions, what was left out."""
+    """Rows in the order the passes ran, notes about the capture (fixed dimensions, what was left out), and fusions."""
 
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    fusions: list[Fusion] = field(default_factory=list)
 
     def __str__(self) -> str:
         """An aligned table, then what each pass applied by rule and each distinct refusal with its reason."""
-        notes = [f"note: {note}" for note in self.notes]
+        notes = [*map(str, self.fusions), *(f"note: {note}" for note in self.notes)]
         return "\n".join([*_table([HEADINGS, *(row.cells() for row in self.rows)]), *self._details(), *notes])
+
+    def fused(self) -> list[dict[str, object]]:
+        return [asdict(fusion) for fusion in self.fusions]
 
     def _details(self) -> list[str]:
         lines = []
         for row in self.rows:
             lines += [f"{row.text}: {rule} x{count}" for rule, count in row.changes.counts().items()]
+            lines += [f"{row.text}: {measured}" for measured in row.measured]
             for (rule, reason), (count, where) in row.refusals().items():
                 lines.append(f"{row.text}: refused {rule} x{count}: {reason} (at {where})")
         return lines
@@ -101,6 +122,7 @@ class Ledger:
                 "seconds": row.seconds,
                 "error": row.error,
                 "runs": row.runs,
+                "measured": [asdict(measured) for measured in row.measured],
             }
             for row in self.rows
         ]

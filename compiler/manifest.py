@@ -90,6 +90,8 @@ class Manifest:
     output: OutputSpec = OutputSpec()
     generation: Generation | None = None
     threads: int = 0
+    arch: str = ""
+    """The architecture of the native code; empty: there is none, or any."""
 
     @property
     def main(self) -> str:

@@ -35,8 +35,16 @@ class Ints:
     high: int
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A stored weight in an example: normal floats that bfloat16 holds, or integers over the range of the dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+
 Example = tuple[Any, ...]
-"""One argument list: a tuple of ints is the shape of a float tensor, `Ints` an integer tensor, anything else itself."""
+"""One argument list: a tuple of ints is the shape of a float tensor, `Ints` and `Stored` tensors, the rest itself."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,11 @@ def sample(example: Example, *, dtype: torch.dtype = torch.float32, seed: int = 
     def concrete(x: Any) -> Any:
         if isinstance(x, Ints):
             return torch.randint(x.high, x.shape, generator=random)
+        if isinstance(x, Stored) and not x.dtype.is_floating_point:
+            limits = torch.iinfo(x.dtype)
+            return torch.randint(limits.min, limits.max + 1, x.shape, generator=random, dtype=x.dtype)
+        if isinstance(x, Stored):
+            return torch.randn(x.shape, generator=random).bfloat16().to(x.dtype)
         if isinstance(x, tuple) and all(isinstance(n, int) for n in x):
             return torch.randn(x, generator=random, dtype=dtype)
         return x
@@ -155,9 +168,10 @@ def attention(
 
     Query heads share key heads in consecutive groups. `mask` is bool (True = visible) or added to the scores.
     `window` > 0 keeps the last `window` keys up to the query. With `past` (0-d integer), k and v are caches: query i
-    stands at position past + i, and keys after it are not read. A row that sees no key is 0.
+    stands at position past + i, and keys after it are not read. A row that sees no key is 0. k and v may be bfloat16.
     """
     groups = q.shape[1] // k.shape[1]
+    k, v = (t.to(q.dtype) for t in (k, v))
     k, v = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (k, v))
     scores = q @ k.transpose(-2, -1) * scale
     if causal or window:
@@ -180,11 +194,33 @@ def geglu(gate: Tensor, up: Tensor, approximate: str) -> Tensor:
     return F.gelu(gate, approximate=approximate) * up
 
 
+def _hadamard_cost(x: Tensor, block: int) -> Cost:
+    return Cost(x.numel() * block.bit_length(), _nbytes(x, x))
+
+
+@op(cost=_hadamard_cost, examples=(((2, 3, 8), 8), ((5, 96), 32), ((3, 2, 256), 64), ((4, 6), 1)))
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """Blocks of the last axis times the Sylvester-Hadamard matrix over sqrt(block), a power of two; its own inverse."""
+    if block < 1 or block & (block - 1) or x.shape[-1] % block:
+        raise ValueError(f"hadamard needs a block that is a power of two and divides {x.shape[-1]}, got {block}")
+    y, half = x / math.sqrt(block), 1
+    while half < block:
+        a, b = y.reshape(*x.shape[:-1], x.shape[-1] // (2 * half), 2, half).unbind(-2)
+        y, half = torch.stack((a + b, a - b), -2), 2 * half
+    return y.reshape(x.shape)
+
+
 def _update_cost(cache: Tensor, new: Tensor, past: Tensor) -> Cost:
     return Cost(0, 2 * _nbytes(new))
 
 
 @op(cost=_update_cost, examples=(((2, 2, 16, 8), (2, 2, 3, 8), Ints((), 13)),))
 def kv_update(cache: Tensor, new: Tensor, past: Tensor) -> Tensor:
-    """The cache [batch, heads, capacity, d] with `new` [batch, heads, tokens, d] at positions past, past + 1, ..."""
-    return cache.index_copy(2, past + torch.arange(new.shape[2], device=new.device), new)
+    """The cache [batch, heads, capacity, d] with `new` [batch, heads, tokens, d] at positions past, past + 1, ...
+
+    The rows are rounded to the dtype of the cache.
+    """
+    return cache.index_copy(2, past + torch.arange(new.shape[2], device=new.device), new.to(cache.dtype))
+
+
+from sylvester.compiler import quantized_ops  # noqa: E402, F401  (declares its ops with `op` above)

@@ -7,13 +7,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from sylvester.compiler import knobs
 from sylvester.compiler.changes import Changes
 from sylvester.compiler.check import Results, evaluate, require_same
 from sylvester.compiler.ledger import Facts, Ledger, Row
+from sylvester.compiler.measure import Measured, measure
 from sylvester.compiler.program import Program
 from sylvester.compiler.verify import verify
 
@@ -24,7 +25,7 @@ Contract = Literal["exact", "lossy", "drafted"]
 class Pass(ABC):
     """A named program-to-program step. Its dataclass fields are its options, so `str(p)` rebuilds it.
 
-    exact: the outputs stay the same up to rounding (checked). lossy: they change, and the cost is measured.
+    exact: the outputs stay the same up to rounding (checked). lossy: they change, and by how much is measured.
     drafted: only proposes tokens that the untouched program verifies.
     """
 
@@ -59,7 +60,10 @@ Observer = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Runs passes in the order written, on a clone. The program is verified at every seam, exact passes numerically."""
+    """Runs passes in the order written, on a clone. The program is verified at every seam, exact passes numerically.
+
+    What lossy passes change is measured on the example inputs.
+    """
 
     passes: tuple[Pass, ...]
     observers: tuple[Observer, ...] = ()
@@ -85,7 +89,7 @@ class Pipeline:
 
 
 class Witness:
-    """Remembers what the program computed last, so that each exact pass costs one run of every entry."""
+    """Remembers what the program computed last, so that each pass costs one run of every entry."""
 
     def __init__(self) -> None:
         self.last: Results | None = None
@@ -102,6 +106,11 @@ class Witness:
         before, self.last = self.last, self._evaluate(program)
         return require_same(before or {}, self.last)
 
+    def measure(self, program: Program) -> tuple[Measured, ...]:
+        """How far the outputs moved from the results before; they become the reference of the next pass."""
+        before, self.last = self.last, self._evaluate(program)
+        return measure(program, before or {}, self.last)
+
     def _evaluate(self, program: Program) -> Results:
         start = time.perf_counter()
         results = evaluate(program)
@@ -114,18 +123,23 @@ class Witness:
 
 def _apply(step: Pass, program: Program, before: Facts, witness: Witness | None) -> Row:
     step.requires(program)
-    checked = witness if step.contract == "exact" else None
-    ran_before = checked.before(program) if checked else 0.0
+    judge = None if step.contract == "drafted" else witness
+    ran_before = judge.before(program) if judge else 0.0
     start = time.perf_counter()
     changes = step.run(program)
     program.sweep()
     seconds = time.perf_counter() - start
     verify(program)
-    error = checked.after(program) if checked else None
-    if witness and not checked:
-        witness.forget()
-    runs = (ran_before, checked.seconds) if checked else None
-    return Row(str(step), step.contract, changes, before, Facts.of(program), seconds, error, runs)
+    row = Row(str(step), step.contract, changes, before, Facts.of(program), seconds)
+    if judge is None:
+        if witness:
+            witness.forget()
+        return row
+    if step.contract == "exact":
+        return replace(row, error=judge.after(program), runs=(ran_before, judge.seconds))
+    measured = judge.measure(program)
+    largest = max((m.largest for m in measured), default=None)
+    return replace(row, error=largest, measured=measured, runs=(ran_before, judge.seconds))
 
 
 @contextmanager

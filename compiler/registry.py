@@ -10,17 +10,17 @@ from typing import Any
 
 from sylvester.compiler.errors import CompileError
 
-NOUNS = {"passes": "pass", "targets": "target", "loaders": "target"}
+NOUNS = {"passes": "pass", "recipes": "recipe", "targets": "target", "loaders": "target"}
 
 
 def table(kind: str) -> dict[str, str]:
-    """Names of a kind ("passes", "targets" or "loaders") with the place of each.
+    """Names of a kind ("passes", "recipes", "targets" or "loaders") with the place of each.
 
-    Other packages add to it with the entry point groups `sylvester.passes`, `sylvester.targets`, `sylvester.loaders`; a
-    name of ours stays ours.
+    Other packages add to it with the entry point group `sylvester.<kind>`; a name of ours stays ours.
     """
     module, attribute = {
         "passes": ("sylvester.passes", "PASSES"),
+        "recipes": ("sylvester.passes", "RECIPES"),
         "targets": ("sylvester.backends", "BACKENDS"),
         "loaders": ("sylvester.backends", "LOADERS"),
     }[kind]

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from sylvester.compiler.errors import CompileError
+from sylvester.compiler.errors import CompileError, Unsupported
+from sylvester.compiler.target import host_architecture
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +44,28 @@ class Runner(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunsElsewhere:
+    """Stands for the code of an artefact that was built for another architecture: it can be saved, not run."""
+
+    manifest: Manifest
+
+    def new_state(self, entry: str, inputs: Arrays) -> State:
+        raise self._error()
+
+    def run(self, entry: str, inputs: Arrays, state: State | None = None) -> dict[str, NDArray[np.generic]]:
+        raise self._error()
+
+    def close(self) -> None:
+        return None
+
+    def _error(self) -> Unsupported:
+        return Unsupported(
+            f"this artefact was compiled for {self.manifest.arch}, this machine is {host_architecture()}",
+            hint="save it and load it there",
+        )
 
 
 def entry_of(manifest: Manifest, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass, replace
 
 from sylvester.compiler.errors import CompileError
@@ -11,16 +12,36 @@ BUILT_IN = ("cpu", "reference", "null")
 
 @dataclass(frozen=True)
 class Target:
-    """A backend name and its options. `isas` empty: every variant of the backend; `threads` 0: chosen at load."""
+    """A backend name and its options.
+
+    `isas` empty: every variant that pays; `threads` 0: chosen at load; `arch` empty: the architecture of this machine;
+    `tune`: seconds for timing kernels, None to use what is known.
+    """
 
     name: str = "cpu"
     threads: int = 0
     isas: tuple[str, ...] = ()
     max_length: int = 0
+    arch: str = ""
+    tune: float | None = None
+
+    @property
+    def architecture(self) -> str:
+        """The architecture native code is built for, as `x86_64` or `aarch64`."""
+        return self.arch or host_architecture()
 
     @staticmethod
-    def parse(target: Target | str, *, threads: int | None = None) -> Target:
+    def parse(target: Target | str, *, threads: int | None = None, tune: float | None = None) -> Target:
         chosen = target if isinstance(target, Target) else Target(target)
         if threads is not None and threads < 1:
             raise CompileError(f"threads must be at least 1, found {threads}")
+        if tune is not None and not tune > 0:
+            raise CompileError(f"tune must be a number of seconds above 0, found {tune}")
+        chosen = chosen if tune is None else replace(chosen, tune=float(tune))
         return replace(chosen, threads=threads) if threads is not None else chosen
+
+
+def host_architecture() -> str:
+    """This machine's architecture in the spelling of Linux."""
+    name = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)

@@ -10,11 +10,20 @@ PASSES = {
     "derive-decode": "sylvester.passes.derive_decode:DeriveDecode",
     "fold-constants": "sylvester.passes.fold_constants:FoldConstants",
     "fold-weights": "sylvester.passes.fold_weights:FoldWeights",
+    "last-logits": "sylvester.passes.last_logits:LastLogits",
+    "quantize": "sylvester.passes.quantize:Quantize",
+    "quantize-cache": "sylvester.passes.quantize_cache:QuantizeCache",
     "raise-attention": "sylvester.passes.raise_attention:RaiseAttention",
     "raise-glu": "sylvester.passes.raise_glu:RaiseGlu",
     "raise-norms": "sylvester.passes.raise_norms:RaiseNorms",
     "raise-rope": "sylvester.passes.raise_rope:RaiseRope",
 }
+RECIPES = {
+    "bf16": "sylvester.passes.recipes:BF16",
+    "w4a8": "sylvester.passes.recipes:W4A8",
+    "w8a8": "sylvester.passes.recipes:W8A8",
+}
+"""Names of whole lists of passes."""
 
 
 def __getattr__(name: str) -> Any:

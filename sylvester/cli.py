@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -182,6 +183,10 @@ def bench(
     runs: Annotated[int, typer.Option(min=1, help="Timed calls of each entry.")] = 30,
     batch: Annotated[int, typer.Option(min=1, help="Rows per call.")] = 1,
     length: Annotated[int, typer.Option(min=1, help="Tokens, or other free sizes, per row.")] = 64,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Time every kernel of one entry against the limits of this machine.")
+    ] = False,
+    entry: Annotated[str, typer.Option(help="The entry for --kernels; default: decode, else the main one.")] = "",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -189,10 +194,61 @@ def bench(
     from sylvester.cli_bench import measure
     from sylvester.compiler.artefact import open_runner
 
+    if kernels:
+        _bench_kernels(artefact, threads, as_json, entry=entry, runs=runs, batch=batch, length=length)
+        return
     runner = open_runner(artefact, threads)
     rows = measure(runner, runs=runs, batch=batch, length=length)
     runner.close()
     emit({"batch": batch, "entries": rows}, table(rows), as_json)
+
+
+def _bench_kernels(artefact: Path, threads: int | None, as_json: bool, **asked: Any) -> None:
+    from sylvester.cli_kernels import kernel_report, machine_limits, report_text
+    from sylvester.compiler.artefact import open_runner
+
+    runner = open_runner(artefact, threads)
+    with watched(not as_json) as progress:
+        limits = machine_limits(runner, progress)
+    report = kernel_report(runner, limits, **asked)
+    runner.close()
+    emit(report, report_text(report), as_json)
+
+
+@app.command()
+def tune(
+    model: Annotated[str | None, typer.Argument(help="An artefact folder, or a model as for `compile`.")] = None,
+    seconds: Annotated[float, typer.Option(help="How long to measure at most, builds included.")] = 30.0,
+    passes: Annotated[str, typer.Option(help="Passes to apply to a model first, separated by commas.")] = "",
+    threads: Threads = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Measure nothing; say what is known and why not.")] = False,
+    export: Annotated[Path | None, typer.Option(help="Write all results to this JSON file.")] = None,
+    merge: Annotated[Path | None, typer.Option(help="Take over results from such a file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time kernels on this machine; later compilations use what was found."""
+    from sylvester import cli_tune
+
+    rows: list[dict[str, Any]] = []
+    if merge is not None:
+        rows.append(cli_tune.merge_from(merge))
+    if model is not None:
+        names = [name.strip() for name in passes.split(",") if name.strip()]
+        with watched(not as_json) as progress:
+            found = cli_tune.explained(model, names, threads) if explain else cli_tune.measure(
+                model, names, seconds, threads, progress
+            )
+        rows += found
+    if export is not None:
+        rows.append(cli_tune.export_to(export))
+    if not rows and model is None:
+        raise UsageError("give a model or an artefact, --export or --merge")
+    emit(rows, "\n\n".join(table(group) for group in _alike(rows)), as_json)
+
+
+def _alike(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows in runs that have the same columns."""
+    return [list(group) for _, group in groupby(rows, key=list)]
 
 
 @app.command()
@@ -214,10 +270,22 @@ def show(model: Model, as_json: Json = False) -> None:
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    limits: Annotated[
+        bool, typer.Option("--limits", help="Measure memory bandwidth and peak arithmetic instead, or show them.")
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="With --limits: measure, whatever is known already.")] = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
     """Say what this machine has: versions, C compiler, CPU, folders, switches. Gives 1 when something is missing."""
-    from sylvester.cli_doctor import examine
+    from sylvester.cli_doctor import examine, limit_facts
 
+    if limits:
+        with watched(not as_json) as progress:
+            found, text = limit_facts(threads, again, progress)
+        emit(found, text, as_json)
+        return
     facts: dict[str, Any] = examine()
     lines = [f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in facts.items()]
     emit(facts, "\n".join(lines), as_json)

@@ -18,12 +18,15 @@ WARM_UP = 3
 
 
 def measure(runner: Runner, *, runs: int, batch: int, length: int) -> list[dict[str, Any]]:
-    """One row per entry: median and fastest milliseconds, and tokens or rows per second."""
+    """One row per entry: median and fastest milliseconds, and tokens or rows per second.
+
+    A decode step is timed at position `length`.
+    """
     rows = []
     for name, entry in runner.manifest.entries.items():
-        tokens = 1 if name == "decode" else length
+        tokens = tokens_of(name, length)
         inputs = made_up(entry, batch, tokens)
-        state = _state(runner, name, inputs)
+        state = working_state(runner, name, inputs, length)
         times = [_seconds(runner, name, inputs, state) for _ in range(runs + WARM_UP)][WARM_UP:]
         median = statistics.median(times)
         work = {"per second": batch * tokens / median} if entry.states else {"per second": batch / median}
@@ -52,8 +55,19 @@ def _array(spec: TensorSpec, shape: tuple[int, ...]) -> NDArray[Any]:
     return np.random.default_rng(0).standard_normal(shape).astype(dtype)
 
 
-def _state(runner: Runner, entry: str, inputs: dict[str, NDArray[Any]]) -> State | None:
-    return runner.new_state(entry, inputs) if runner.manifest.entries[entry].states else None
+def tokens_of(entry: str, length: int) -> int:
+    """Tokens per row of a call: a decode step adds one to a state that holds `length`."""
+    return 1 if entry == "decode" else length
+
+
+def working_state(runner: Runner, entry: str, inputs: dict[str, NDArray[Any]], length: int) -> State | None:
+    """A fresh state; before a decode step it holds `length` positions, or as many as leave room for one more."""
+    if not runner.manifest.entries[entry].states:
+        return None
+    state = runner.new_state(entry, inputs)
+    longest = runner.manifest.generation.max_length if runner.manifest.generation else length + 1
+    state.position = min(length, longest - 1) if entry == "decode" else 0
+    return state
 
 
 def _seconds(runner: Runner, entry: str, inputs: dict[str, NDArray[Any]], state: State | None) -> float:

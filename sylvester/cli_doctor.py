@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from sylvester import __version__
 from sylvester.compiler import knobs
 from sylvester.compiler.errors import CompileError
+from sylvester.compiler.progress import Progress
 
 PACKAGES = ("torch", "numpy", "safetensors", "networkx", "transformers", "tokenizers", "ziglang", "typer", "rich")
 FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
@@ -31,6 +33,27 @@ def examine() -> dict[str, Any]:
         "switches": {knob.name: knob.get() for knob in knobs.KNOBS},
         "problems": problems,
     }
+
+
+def limit_facts(threads: int | None, again: bool, progress: Progress) -> tuple[dict[str, Any], str]:
+    """The measured limits of this machine, as facts and as tables."""
+    from sylvester.backends.limits import MIB, measure
+    from sylvester.cli_show import table
+
+    limits = measure(threads, again=again, progress=progress)
+    sizes = dict.fromkeys((r.threads, r.bytes) for r in limits.reads)
+    rates = {(r.threads, r.bytes, r.huge_pages): r.bytes_per_second / 1e9 for r in limits.reads}
+    pages = {"4 KB pages, GB/s": False, "2 MB pages, GB/s": True}
+    reads = [
+        {"read MiB": n / MIB, "threads": t, **{name: rates.get((t, n, huge)) for name, huge in pages.items()}}
+        for t, n in sizes
+    ]
+    peaks = [
+        {"peak": p.arithmetic, "unit": p.unit, "threads": p.threads, "Gop/s": p.operations_per_second / 1e9}
+        for p in limits.peaks
+    ]
+    head = f"{limits.cpu}, {limits.threads} threads, {limits.toolchain}"
+    return asdict(limits), f"{head}\n{table(reads)}\n{table(peaks)}"
 
 
 def _version(package: str) -> str | None:

@@ -47,13 +47,15 @@ def watched(wanted: bool) -> Iterator[Progress]:
 
 
 def pass_rows() -> list[dict[str, str]]:
-    """Name, contract and first line of the documentation of every registered pass."""
+    """Name, contract and first line of the documentation of every registered pass, and what each recipe stands for."""
     from sylvester.compiler.registry import resolve, table
 
     rows = []
     for name, place in sorted(table("passes").items()):
         cls = resolve(place)
         rows.append({"pass": name, "contract": str(cls.contract), "does": _first_line(cls)})
+    for name, place in sorted(table("recipes").items()):
+        rows.append({"pass": name, "contract": "recipe", "does": ", ".join(map(str, resolve(place)))})
     return rows
 
 

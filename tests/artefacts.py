@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from sylvester.backends.kernel_table import write_table
 from sylvester.backends.toolchain import build_shared
+from sylvester.codegen.costs import Cost
+from sylvester.codegen.index import index
 from sylvester.codegen.isa import AVX2, SCALAR
 from sylvester.compiler.manifest import (
     WEIGHTS,
@@ -73,6 +76,25 @@ API int64_t sv_run_decode(void *t, const int64_t *s, void *const *b)
 {
     return step(t, s, *(int64_t *)b[1], b[0], b[2], b[3], b[4], b[5]);
 }
+API int64_t sv_profile_prefill(void *t, const int64_t *s, void *const *b, double *times)
+{
+    times[0] += 1e-3;
+    return sv_run_prefill(t, s, b);
+}
+API int64_t sv_profile_decode(void *t, const int64_t *s, void *const *b, double *times)
+{
+    times[0] += 1e-3;
+    return sv_run_decode(t, s, b);
+}
+API void sv_costs_prefill(const int64_t *s, int64_t position, double *flops, double *bytes)
+{
+    flops[0] = 1e6 * (double)(position + s[1]);
+    bytes[0] = 8e6;
+}
+API void sv_costs_decode(const int64_t *s, int64_t position, double *flops, double *bytes)
+{
+    sv_costs_prefill(s, position, flops, bytes);
+}
 """
 
 
@@ -93,7 +115,7 @@ MANIFEST = Manifest(
 )
 
 
-def write(folder: Path, *, abi: int = 1, manifest: Manifest = MANIFEST) -> Path:
+def write(folder: Path, *, abi: int = 2, manifest: Manifest = MANIFEST) -> Path:
     """Build the artefact; both variants are the same code."""
     (folder / "code").mkdir(parents=True)
     for isa in (SCALAR, AVX2):
@@ -101,5 +123,7 @@ def write(folder: Path, *, abi: int = 1, manifest: Manifest = MANIFEST) -> Path:
             f"#define ABI {abi}\n{SOURCE}", folder / "code" / f"{isa.name}.so", dataclasses.replace(isa, flags=())
         )
     save_file({"scale": np.array([SCALE], np.float32)}, folder / WEIGHTS)
+    step = Cost("step", ("pick lm",), "f32", index(0), (), streams=True)
+    write_table(folder, {name: (step,) for name in manifest.entries})
     manifest.seal(folder)
     return folder

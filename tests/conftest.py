@@ -51,6 +51,12 @@ def seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What somebody tuned on this machine must not change a test."""
+    monkeypatch.setenv("SYLVESTER_TUNE", "0")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     """Test processes run side by side; more threads than cores would only slow them down."""

@@ -12,17 +12,22 @@ from pathlib import Path
 import numpy as np
 
 from sylvester.backends.toolchain import build_shared
-from sylvester.codegen.isa import ISAS, SCALAR, Isa
+from sylvester.codegen import isa as isas
+from sylvester.codegen.isa import Isa
 from sylvester.codegen.prelude import prelude
+from sylvester.compiler.target import host_architecture
+from tests import emulator
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="sylvester-kernels-")
 
 
 @cache
 def load(source: str, isa: Isa) -> ctypes.CDLL:
-    """The library of `source` for `isa`, built once per test run."""
-    out = Path(_FOLDER.name, f"{isa.name}-{abs(hash(source)):x}.so")
-    lib = ctypes.CDLL(str(build_shared(prelude(isa) + source, out, isa)))
+    """The library of `source` for `isa`, built once per test run; one for another architecture is emulated."""
+    out = build_shared(prelude(isa) + source, Path(_FOLDER.name, f"{isa.name}-{abs(hash(source)):x}.so"), isa)
+    if isa.architecture != host_architecture():
+        return emulator.Library(out)  # type: ignore[return-value]
+    lib = ctypes.CDLL(str(out))
     lib.sv_team_new.restype = ctypes.c_void_p
     lib.sv_team_free.argtypes = [ctypes.c_void_p]
     lib.sv_team_error_value.restype = ctypes.c_int64
@@ -30,10 +35,12 @@ def load(source: str, isa: Isa) -> ctypes.CDLL:
     return lib
 
 
-def supported() -> tuple[Isa, ...]:
-    """The variants this CPU runs; the baseline always does."""
-    level = load("", SCALAR).sv_isa_level()
-    return tuple(isa for isa in ISAS if isa.level <= level)
+def supported(*formats: str) -> tuple[Isa, ...]:
+    """The variants this CPU runs that kernels over these weight formats gain from; the baseline always runs."""
+    found = isas.variants(formats, host_architecture())
+    baseline = load("", found[0])
+    level = baseline.sv_isa_level()
+    return tuple(isa for isa in found if isa.level <= level and not (isa.permission and baseline.sv_permit_tiles()))
 
 
 def export(name: str, body: str, scratch: str = "0") -> str:
@@ -58,7 +65,10 @@ SV_EXPORT int run_{name}(sv_team *team, const int64_t *i, void **p)
 
 @contextmanager
 def team(lib: ctypes.CDLL, threads: int) -> Iterator[ctypes.c_void_p]:
-    """A thread team of `lib`, freed at the end."""
+    """A thread team of `lib`, freed at the end; an emulated library makes one for every call."""
+    if isinstance(lib, emulator.Library):
+        yield ctypes.c_void_p(threads)
+        return
     made = ctypes.c_void_p(lib.sv_team_new(threads))
     yield made
     lib.sv_team_free(made)
@@ -68,6 +78,8 @@ def bind(
     lib: ctypes.CDLL, made: ctypes.c_void_p, name: str, integers: list[int], arrays: list[np.ndarray | None]
 ) -> Callable[[], int]:
     """A call of `run_<name>` with these arguments; arrays are passed by address and may be strided."""
+    if isinstance(lib, emulator.Library):
+        return lambda: lib.call(f"run_{name}", made.value or 1, integers, arrays)
     numbers = (ctypes.c_int64 * max(1, len(integers)))(*integers)
     pointers = (ctypes.c_void_p * max(1, len(arrays)))(*[None if a is None else a.ctypes.data for a in arrays])
     function = getattr(lib, f"run_{name}")

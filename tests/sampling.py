@@ -21,18 +21,24 @@ EDGES = (0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, -2.5, 3.0, -3.0, 100.0, -100
 
 @dataclass(frozen=True)
 class Sample:
-    """A random tensor. `kind`: normal, uniform in [low, high), integer in [low, high), bool, or edge values."""
+    """A random tensor. `kind`: normal, short (held by bfloat16), uniform or integer in [low, high), bool, edge values."""
 
     shape: tuple[Size, ...]
     kind: str = "normal"
     low: float = 0
     high: float = 0
     weight: bool = False
+    dtype: torch.dtype | None = None
+    """What the values are converted to, where it is not the usual type of the kind."""
 
     def sizes(self, values: dict[str, int]) -> tuple[int, ...]:
         return tuple(values[n] if isinstance(n, str) else n for n in self.shape)
 
     def tensor(self, values: dict[str, int], random: torch.Generator) -> Tensor:
+        made = self._values(values, random)
+        return made if self.dtype is None else made.to(self.dtype)
+
+    def _values(self, values: dict[str, int], random: torch.Generator) -> Tensor:
         shape = (*EDGES, *EDGES) if self.kind == "edges" else self.sizes(values)
         if self.kind == "edges":
             return torch.tensor(shape)[torch.arange(math.prod(self.sizes(values))) % len(EDGES)].view(
@@ -44,7 +50,8 @@ class Sample:
             return torch.randint(int(self.low), int(self.high), shape, generator=random)
         if self.kind == "uniform":
             return torch.rand(shape, generator=random) * (self.high - self.low) + self.low
-        return torch.randn(shape, generator=random)
+        made = torch.randn(shape, generator=random)
+        return made.bfloat16().float() if self.kind == "short" else made
 
 
 def f(*shape: Size) -> Sample:

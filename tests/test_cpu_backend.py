@@ -14,8 +14,6 @@ from torch.nn import functional as F
 
 from sylvester.backends import cpu_runtime
 from sylvester.backends.cpu import Cpu
-from sylvester.backends.cpu_library import cpu_level
-from sylvester.codegen.isa import ISAS
 from sylvester.compiler import knobs
 from sylvester.compiler.errors import CompileError, InputError, Unsupported
 from sylvester.compiler.manifest import Manifest
@@ -24,6 +22,7 @@ from sylvester.compiler.progress import silent
 from sylvester.compiler.runner import State
 from sylvester.compiler.target import Target
 from sylvester.compiler.weights import ParameterStore
+from tests.kernel_harness import supported
 from tests.programs import program
 
 VOCAB, WIDTH, CAPACITY = 11, 32, 8
@@ -179,7 +178,7 @@ def test_positions_past_the_capacity_are_an_error(past: int, engine: cpu_runtime
 def test_every_variant_computes_the_same(artefact: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 37, WIDTH).numpy()
     results = []
-    for isa in (isa for isa in ISAS if isa.level <= cpu_level(artefact[0] / "code" / "scalar.so")):
+    for isa in supported():
         monkeypatch.setenv(knobs.ISA.name, isa.name)
         engine = cpu_runtime.load(*artefact, 2)
         assert engine.isa == isa.name

@@ -177,7 +177,7 @@ def test_progress_names_the_stages():
     assert all(0 <= done <= total for _, done, total in seen)
 
 
-@pytest.mark.parametrize("option", ["calibration", "draft", "budget", "tune"])
+@pytest.mark.parametrize("option", ["calibration", "draft", "budget"])
 def test_options_of_other_versions_are_refused(option):
     model, inputs = tiny()
 
@@ -235,7 +235,7 @@ def test_causal_language_model_generates_on_the_reference_backend(tmp_path):
     ids = case.inputs["input_ids"]
 
     with sv.compile(case.model, case.inputs, target=sv.Target("reference", max_length=32)) as compiled:
-        assert set(compiled.entries) == {"prefill", "decode"}
+        assert set(compiled.entries) == {"prefill", "decode", "start"}
         found = compiled.generate(ids, max_new_tokens=6, stop=())
         logits = compiled(ids).logits
         with pytest.raises(InputError, match="above the compiled maximum of 32"):

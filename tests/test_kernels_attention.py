@@ -1,4 +1,4 @@
-"""attention against a float64 reference: grouped heads, causal limits, windows, masks, odd sizes, decode."""
+"""attention against a float64 reference: grouped heads, causal limits, windows, masks, odd sizes, bf16 caches."""
 
 from __future__ import annotations
 
@@ -7,17 +7,28 @@ import ctypes
 import numpy as np
 import pytest
 
-from sylvester.codegen.attention import attention, attention_header
+from sylvester.codegen.attention import Tuning, attention, attention_header, part_floats
+from sylvester.codegen.bfloat16 import bf16_bits, bf16_values
 from tests.kernel_harness import export, load, run, strides, supported, team
 
 DIMS = [(64, 64), (7, 5), (40, 33)]
 MASKS = ("none", "float", "bool")
-SOURCE = attention_header() + "".join(
-    attention(f"att_{d}_{v}_{mask}", d, v, mask)
-    + export(f"att_{d}_{v}_{mask}", f"att_{d}_{v}_{mask}(t, p[0]);", f"att_{d}_{v}_{mask}_scratch")
-    for d, v in DIMS
-    for mask in MASKS
-)
+INSTANCES = [(*dims, mask, "f32") for dims in DIMS for mask in MASKS] + [(*dims, "none", "bf16") for dims in DIMS]
+
+
+def name_of(d, dv, mask, cache):
+    return f"att_{d}_{dv}_{mask}_{cache}"
+
+
+def source(instances, tuning=None):
+    parts = [attention_header(tuning)]
+    for instance in instances:
+        name = name_of(*instance)
+        parts += [attention(name, *instance), export(name, f"{name}(t, p[0]);", f"{name}_scratch")]
+    return "".join(parts)
+
+
+SOURCE = source(INSTANCES)
 # batch, heads, key heads, queries, cache rows, valid keys, causal, offset, window
 CASES = [
     (1, 2, 2, 5, 5, 5, 1, 0, 0),
@@ -29,12 +40,16 @@ CASES = [
     (1, 1, 1, 10, 10, 10, 1, -3, 0),
     (1, 2, 1, 2, 400, 390, 1, 388, 130),
     (1, 200, 1, 2, 40, 33, 0, 0, 0),
+    (1, 8, 1, 1, 2100, 2051, 1, 2050, 0),
+    (1, 4, 2, 2, 1100, 1090, 1, 1088, 700),
+    (1, 1, 1, 3, 600, 600, 0, 0, 0),
 ]
 
 
 class Args(ctypes.Structure):
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("y", "q", "k", "v", "mask")]
+        + [("part", ctypes.c_void_p), ("part_floats", ctypes.c_int64)]
         + [(name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "rows", "keys")]
         + [(f"{name}_stride", ctypes.c_int64 * 3) for name in "yqkv"]
         + [("mask_stride", ctypes.c_int64 * 4), ("scale", ctypes.c_float), ("causal", ctypes.c_int)]
@@ -70,7 +85,7 @@ def make_mask(rng, kind, shape):
     return np.broadcast_to(np.where(hidden, np.float32(-np.inf), values), shape)
 
 
-def pack_args(y, q, k, v, mask, case):
+def pack_args(y, q, k, v, mask, case, part=None):
     batch, heads, kv_heads, rows, _, keys, causal, offset, window = case
     four = [0] * 4 if mask is None else strides(mask, 4)
     address = None if mask is None else mask.ctypes.data
@@ -78,27 +93,78 @@ def pack_args(y, q, k, v, mask, case):
     pointers = [x.ctypes.data for x in (y, q, k, v)]
     sizes = (batch, heads, kv_heads, rows, keys)
     scale = q.shape[-1] ** -0.5
-    return Args(*pointers, address, *sizes, *steps, (ctypes.c_int64 * 4)(*four), scale, causal, offset, window)
+    shared = (None, 0) if part is None else (part.ctypes.data, part.size)
+    return Args(*pointers, address, *shared, *sizes, *steps, (ctypes.c_int64 * 4)(*four), scale, causal, offset, window)
 
 
-@pytest.mark.parametrize("mask_kind", MASKS)
+def make_operands(rng, d, dv, cache, case):
+    """q and y token-major, k and v as caches; k and v also as the float values they hold."""
+    batch, heads, kv_heads, rows, most, *_ = case
+    q = rng.standard_normal((batch, rows, heads, d), np.float32).swapaxes(1, 2)
+    y = np.full((batch, rows, heads, dv), np.nan, np.float32).swapaxes(1, 2)
+    k, v = (rng.standard_normal((batch, kv_heads, most, n), np.float32) for n in (d, dv))
+    if cache == "f32":
+        return y, q, (k, v), (k, v)
+    k, v = bf16_bits(k), bf16_bits(v)
+    return y, q, (k, v), (bf16_values(k), bf16_values(v))
+
+
+def check(lib, made, instance, case, part=None):
+    d, dv, mask_kind, cache = instance
+    rng = np.random.default_rng(0)
+    batch, heads, _, rows, _, keys, *_ = case
+    y, q, stored, (k, v) = make_operands(rng, d, dv, cache, case)
+    mask = make_mask(rng, mask_kind, (batch, heads, rows, keys))
+    args = pack_args(y, q, *stored, mask, case, part)
+    assert run(lib, made, name_of(*instance), [], [np.frombuffer(args, np.uint8)]) == 0
+    np.testing.assert_allclose(y, reference(q, k, v, mask, case), rtol=1e-5, atol=3e-6, err_msg=str((instance, case)))
+
+
+@pytest.mark.parametrize("instance", INSTANCES, ids=str)
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("isa", supported(), ids=lambda isa: isa.name)
-def test_attention(isa, threads, mask_kind):
-    rng = np.random.default_rng(0)
+def test_attention(isa, threads, instance):
     lib = load(SOURCE, isa)
     with team(lib, threads) as made:
-        for (d, dv), case in [(dims, case) for dims in DIMS for case in CASES]:
-            batch, heads, kv_heads, rows, most, keys, *_ = case
-            q = rng.standard_normal((batch, rows, heads, d), np.float32).swapaxes(1, 2)
-            k = rng.standard_normal((batch, kv_heads, most, d), np.float32)
-            v = rng.standard_normal((batch, kv_heads, most, dv), np.float32)
-            mask = make_mask(rng, mask_kind, (batch, heads, rows, keys))
-            y = np.full((batch, rows, heads, dv), np.nan, np.float32).swapaxes(1, 2)
-            args = pack_args(y, q, k, v, mask, case)
-            block = np.frombuffer(args, np.uint8)
-            assert run(lib, made, f"att_{d}_{dv}_{mask_kind}", [], [block]) == 0
-            np.testing.assert_allclose(y, reference(q, k, v, mask, case), rtol=1e-5, atol=3e-6, err_msg=str((d, case)))
+        for case in CASES:
+            check(lib, made, instance, case)
+
+
+@pytest.mark.parametrize("threads", [2, 5, 8])
+@pytest.mark.parametrize("isa", supported(), ids=lambda isa: isa.name)
+def test_keys_split_among_threads(isa, threads):
+    lib = load(SOURCE, isa)
+    with team(lib, threads) as made:
+        for instance in INSTANCES:
+            part = np.full(part_floats(instance[1]), np.nan, np.float32)
+            for case in CASES:
+                check(lib, made, instance, case, part)
+            assert not np.isnan(part[0])
+
+
+def test_room_for_parts_is_respected():
+    lib, case = load(SOURCE, supported()[0]), (1, 8, 1, 1, 2100, 2051, 1, 2050, 0)
+    part = np.full(1000, np.nan, np.float32)
+    with team(lib, 4) as made:
+        for room in (0, 8 * 66 - 1, 8 * 66 * 2 - 1):
+            check(lib, made, (64, 64, "none", "f32"), case, part[:room])
+            assert np.isnan(part).all()
+        check(lib, made, (64, 64, "none", "f32"), case, np.full(8 * 66 * 2, np.nan, np.float32))
+
+
+@pytest.mark.parametrize("tuning", [Tuning(1, 32, 0, 32), Tuning(2, 64, 3, 64), Tuning(40, 512, 8, 1024)], ids=str)
+def test_every_tuning_is_right(tuning):
+    instance = (40, 33, "float", "f32")
+    lib = load(source([instance], tuning), supported()[-1])
+    part = np.zeros(part_floats(33), np.float32)
+    with team(lib, 2) as made:
+        for case in CASES:
+            check(lib, made, instance, case, part)
+
+
+def test_wrong_tuning_is_refused():
+    with pytest.raises(ValueError, match="multiples of 32"):
+        Tuning(keys=100)
 
 
 @pytest.mark.parametrize("isa", supported(), ids=lambda isa: isa.name)
@@ -109,7 +175,7 @@ def test_rows_that_see_nothing_are_zero_and_nan_stays(isa):
     k[0, 0, 4, 0] = np.nan
     y = np.full((1, 1, 8, 5), np.nan, np.float32)
     with team(lib, 1) as made:
-        assert run(lib, made, "att_7_5_none", [], [np.frombuffer(pack_args(y, q, k, v, None, case), np.uint8)]) == 0
+        assert run(lib, made, "att_7_5_none_f32", [], [np.frombuffer(pack_args(y, q, k, v, None, case), np.uint8)]) == 0
 
     assert (y[0, 0, :2] == 0).all()
     assert (y[0, 0, 2:6] == 1).all()

@@ -7,6 +7,7 @@ import ctypes
 import numpy as np
 import pytest
 
+from sylvester.codegen.bfloat16 import bf16_bits
 from sylvester.codegen.kv_update import kv_update
 from sylvester.codegen.rope import rope, rope_header
 from tests.kernel_harness import export, load, run, strides, supported, team
@@ -19,6 +20,8 @@ SOURCE = (
         for n, (d, rotary, pairs, half) in enumerate(FORMS)
     )
     + kv_update("update")
+    + kv_update("rounded", "bf16")
+    + export("rounded", "rounded_past(t, p[0], p[1], p[2], i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7]);")
     + export("update", "update(t, p[0], p[1], i[0], i[1], i[2], i[3], i[4], i[5], i[6], i[7], i[8], 42);")
 )
 
@@ -78,6 +81,29 @@ def test_cache_rows_are_written_in_place():
         assert run(lib, made, "update", [2, 3, 4, 5, 10, 6, *strides(new, 3)], [cache, new]) == 0
 
     np.testing.assert_array_equal(cache, expected)
+
+
+@pytest.mark.parametrize("isa", supported(), ids=lambda isa: isa.name)
+def test_rows_are_rounded_into_a_bf16_cache(isa):
+    rng = np.random.default_rng(0)
+    cache = rng.integers(0, 2**16, (2, 3, 10, 21), np.uint16)
+    new = rng.standard_normal((2, 4, 3, 21), np.float32).swapaxes(1, 2)
+    new[0, 0, :, :8] = [0.0, -0.0, np.inf, -np.inf, 3.4e38, 1.00390625, 1.01171875, 1e-40]
+    expected = cache.copy()
+    expected[:, :, 6:10] = bf16_bits(new)
+    new[0, 0, 0, 8] = np.nan
+    lib, sizes = load(SOURCE, isa), [2, 3, 4, 21, 10, *strides(new, 3)]
+    with team(lib, 2) as made:
+        assert run(lib, made, "rounded", sizes, [cache, new, np.array(6)]) == 0
+        written = cache.copy()
+        for outside in (-1, 7):
+            assert run(lib, made, "rounded", sizes, [cache, new, np.array(outside)]) == 1
+            assert lib.sv_team_error_value(made) == outside
+
+    assert np.isnan((written[0, 0, 6, 8].astype(np.uint32) << 16).view(np.float32))
+    written[0, 0, 6, 8] = expected[0, 0, 6, 8]
+    np.testing.assert_array_equal(written, expected)
+    np.testing.assert_array_equal(np.delete(cache.ravel(), 6 * 21 + 8), np.delete(expected.ravel(), 6 * 21 + 8))
 
 
 def test_cache_overflow_is_an_error_and_writes_nothing():

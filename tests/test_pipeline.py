@@ -140,7 +140,30 @@ def test_the_check_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_lossy_pass_moves_the_reference() -> None:
     _, ledger = Pipeline((DropZero(), LossyDropRelu(), Nothing())).run(tiny())
 
-    assert [row.error for row in ledger.rows] == [0.0, None, 0.0]
+    first, lossy, last = ledger.rows
+    assert (first.error, last.error) == (0.0, 0.0)
+    assert lossy.error is not None
+    assert lossy.error > 0
+
+
+def test_what_a_lossy_pass_changed_is_measured_on_the_examples() -> None:
+    before = tiny()
+    x, weight = before.main.examples["x0"], before.weights["weight"]
+    dropped, exact = (x @ weight).double(), torch.relu(x @ weight).double()
+
+    row = Pipeline((LossyDropRelu(),)).run(before)[1].rows[0]
+
+    (measured,) = row.measured
+    assert measured.error == pytest.approx(float((dropped - exact).norm() / exact.norm()), rel=1e-5)
+    assert measured.largest == row.error == pytest.approx(float((dropped - exact).abs().max() / exact.max()), rel=1e-5)
+    assert measured.next_token is None
+    assert str(measured) == (f"on the example inputs forward.y0 moved by {measured.error:.1e} (relative, Euclidean)")
+
+
+def test_lossy_passes_are_not_measured_without_checks() -> None:
+    row = Pipeline((LossyDropRelu(),), check=False).run(tiny())[1].rows[0]
+
+    assert (row.error, row.measured, row.runs) == (None, (), None)
 
 
 def test_ledger_rows() -> None:

@@ -213,7 +213,7 @@ def test_impossible_variant_is_refused(folder, monkeypatch, isas, forced, messag
 
 
 def test_other_abi_is_refused(tmp_path):
-    with pytest.raises(ArtefactError, match=r"avx2.so has ABI 7, this version calls ABI 1"):
+    with pytest.raises(ArtefactError, match=r"avx2.so has ABI 7, this version calls ABI 2"):
         artefact.open_runner(artefacts.write(tmp_path / "old", abi=7))
 
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import sylvester.codegen.compile  # noqa: F401  (registers the lowerings)
+from sylvester.codegen.compile import fuse, plans
 from sylvester.codegen.emit_loops import private_buffers
 from sylvester.codegen.lazy import Plan, Reduce
-from sylvester.codegen.lowering import Lowering
 from sylvester.codegen.schedule import ExternCall, Kernel, LoopNest, schedule
 from tests.programs import program
 
@@ -20,7 +19,8 @@ rms_norm = torch.ops.sylvester.rms_norm
 
 def lowered(function: Callable[..., object], *args: Tensor, **weights: Tensor) -> tuple[Plan, list[Kernel]]:
     traced = program(function, *args, weights=weights)
-    plan = Lowering("forward", traced, traced.main).run()
+    plan = plans(traced)["forward"]
+    fuse(plan, {})
     return plan, schedule(plan)
 
 

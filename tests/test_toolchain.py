@@ -8,7 +8,8 @@ import pytest
 
 from sylvester.backends import toolchain
 from sylvester.backends.toolchain import BuildFailed, Compiler, ToolchainMissing, build_shared, find_compiler
-from sylvester.codegen.isa import AVX512, ISAS, SCALAR
+from sylvester.codegen.isa import AMX, AVX512, DOTPROD, NEON, SCALAR, Isa
+from sylvester.compiler.target import host_architecture
 
 ANSWER = '__attribute__((visibility("default"))) int answer(void) { return 42; }\nint hidden(void) { return 1; }\n'
 
@@ -49,16 +50,58 @@ def test_ziglang_comes_first(monkeypatch):
     assert find_compiler("").family == "zig"
 
 
-@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
-def test_zig_spells_machines_with_underscores(isa):
+@pytest.mark.parametrize(
+    ("isa", "machine", "target"),
+    [
+        (SCALAR, "x86_64", "x86_64-linux-gnu.2.17"),
+        (AVX512, "x86_64_v4", "x86_64-linux-gnu.2.17"),
+        (AMX, "x86_64_v4+avx512vnni+avx512bf16+amx_tile+amx_int8+amx_bf16", "x86_64-linux-gnu.2.17"),
+        (NEON, "generic", "aarch64-linux-gnu.2.17"),
+        (DOTPROD, "generic+v8_2a+dotprod+fullfp16", "aarch64-linux-gnu.2.17"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Isa) else "",
+)
+def test_zig_spells_machines_its_own_way(isa, machine, target):
     arguments = Compiler(("zig", "cc"), "zig").arguments(isa)
 
-    assert f"-march={isa.march.replace('-', '_')}" in arguments
-    assert "x86_64-linux-gnu.2.17" in arguments
+    assert f"-march={machine}" in arguments
+    assert target in arguments
 
 
-def test_other_compilers_take_the_plain_name():
+def test_other_compilers_take_the_plain_names():
     assert "-march=x86-64-v4" in Compiler(("gcc",), "gcc").arguments(AVX512)
+    assert {"-march=x86-64-v4", "-mavx512vnni", "-mamx-tile"} <= set(Compiler(("gcc",), "gcc").arguments(AMX))
+    assert "-march=armv8.2-a+dotprod+fp16" in Compiler(("gcc",), "gcc").arguments(DOTPROD)
+
+
+def foreign() -> str:
+    return next(name for name in ("aarch64", "x86_64") if name != host_architecture())
+
+
+def test_only_ziglang_is_found_for_another_architecture(monkeypatch):
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name: name)
+
+    assert find_compiler("", foreign()).family == "zig"
+    monkeypatch.setattr(toolchain, "find_spec", lambda name: None)
+    with pytest.raises(ToolchainMissing, match=f"no C compiler for {foreign()}") as caught:
+        find_compiler("", foreign())
+
+    assert "SYLVESTER_CC" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("triple", "fits"), [("aarch64-none-linux-gnu", True), ("x86_64-linux-gnu", False), ("", False)]
+)
+def test_a_named_compiler_says_what_it_builds_for(tmp_path, triple, fits):
+    named = tmp_path / "some-gcc"
+    named.write_text(f"#!/bin/sh\necho {triple}\n")
+    named.chmod(0o755)
+
+    if fits:
+        assert find_compiler(str(named), "aarch64") == Compiler((str(named),), "gcc")
+    else:
+        with pytest.raises(ToolchainMissing, match="expected aarch64"):
+            find_compiler(str(named), "aarch64")
 
 
 def test_no_flag_relaxes_arithmetic():

@@ -1,0 +1,58 @@
+"""The tensors an artefact stores: each weight in the layout its kernels read, made one at a time while writing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sylvester.backends.signature import dtype_text
+from sylvester.backends.tensor_writer import Deferred
+from sylvester.codegen.formats import packed, panel_bytes
+from sylvester.codegen.layout import F32, PANEL, Layout
+from sylvester.compiler.program import Program
+
+
+def stored_tensors(program: Program, weights: Mapping[str, Iterable[Layout]]) -> dict[str, Deferred]:
+    """Every stored tensor once, in order of first use."""
+    layouts = {layout.name: layout for entry in weights.values() for layout in entry}
+    return {name: _deferred(program, layout) for name, layout in layouts.items()}
+
+
+def _deferred(program: Program, layout: Layout) -> Deferred:
+    if layout.kind == "joined":
+        return Deferred((sum(layout.lengths),), "float32", lambda: _joined(program, layout))
+    if layout.kind == "plain":
+        weight = program.weights[layout.keys[0]]
+        return Deferred(tuple(weight.shape), dtype_text(weight.dtype), lambda: array(weight))
+    shape = _packed_shape(program, layout)
+    return Deferred(shape, "float32" if layout.format == F32 else "uint8", lambda: _packed(program, layout))
+
+
+def _joined(program: Program, layout: Layout) -> NDArray[Any]:
+    pairs = zip(layout.keys, layout.lengths, strict=True)
+    return np.concatenate([array(program.weights[key]) if key else np.zeros(n, np.float32) for key, n in pairs])
+
+
+def _packed(program: Program, layout: Layout) -> NDArray[Any]:
+    weights = [array(program.weights[key]) for key in layout.keys]
+    return packed(layout, weights, [array(program.weights[key]) for key in layout.scales])
+
+
+def _packed_shape(program: Program, layout: Layout) -> tuple[int, ...]:
+    widths = [program.weights[key].shape[0] for key in layout.keys]
+    panels = sum(-(-n // PANEL) for n in widths) if layout.ways > 1 else -(-sum(widths) // PANEL)
+    columns = program.weights[layout.keys[0]].shape[1]
+    k = columns * 2 if layout.format.name == "q4" else columns
+    return (panels, k, PANEL) if layout.format == F32 else (panels, panel_bytes(layout.format, k))
+
+
+def array(weight: Tensor) -> NDArray[Any]:
+    """The values in numpy; bfloat16 as its bits."""
+    plain = weight.detach().contiguous()
+    return plain.view(torch.int16).numpy().view(np.uint16) if plain.dtype == torch.bfloat16 else plain.numpy()
+

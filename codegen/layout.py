@@ -1,0 +1,55 @@
+"""How stored tensors are laid out for the kernels: as they are, one after another, or packed into panels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+PANEL = 32
+"""Output features of a linear layer in one panel."""
+
+FormatName = Literal["f32", "bf16", "q8", "q4"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """Arithmetic of a linear layer. `group`: depth that shares a weight scale, 0 for one scale per output feature."""
+
+    name: FormatName
+    group: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.group}" if self.group else self.name
+
+
+F32 = Format("f32")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One stored tensor made of one or several weights; `scales` go with quantised weights.
+
+    plain: a single tensor as it is. joined: vectors end to end, a missing one is zeros of its length (`lengths`).
+    panels: the rows of all weights end to end in panels of 32; with `ways` > 1 panel p of each weight in turn.
+    """
+
+    kind: Literal["plain", "joined", "panels"]
+    keys: tuple[str, ...]
+    scales: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    format: Format = F32
+    ways: int = 1
+
+    @property
+    def name(self) -> str:
+        """The stored tensor's name: the key of a plain one, else the keys and the arrangement."""
+        joined = "+".join(self.keys)
+        if self.kind == "plain":
+            return joined
+        if self.kind == "joined":
+            return f"{joined}@{'+'.join(map(str, self.lengths))}{'' if self.ways == 1 else f'x{self.ways}'}"
+        return f"{joined}@{self.format}" + ("" if self.ways == 1 else f"x{self.ways}")
+
+
+def plain(key: str) -> Layout:
+    return Layout("plain", (key,))

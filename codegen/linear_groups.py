@@ -1,0 +1,131 @@
+"""Which linear layers run as one: those that read the same tensor, such as query, key and value, or gate and up."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sylvester.codegen.layout import F32, Format
+from sylvester.compiler import quantized_ops  # noqa: F401  (registers the ops below)
+from sylvester.compiler.program import Entry, Program, binding, is_weight, value
+
+aten, dialect = torch.ops.aten, torch.ops.sylvester
+LINEARS: Mapping[Any, str] = {
+    aten.linear.default: "f32",
+    dialect.linear_bf16.default: "bf16",
+    dialect.linear_w8a8.default: "q8",
+    dialect.linear_w4a8.default: "q4",
+}
+GATES = (dialect.swiglu.default, dialect.geglu.default)
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linear layers over one input, computed by one kernel. Interleaved: two whose results a gate multiplies."""
+
+    nodes: tuple[fx.Node, ...]
+    format: Format
+    interleaved: bool = False
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        return tuple(binding(weight_of(n)).key for n in self.nodes)
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        quantised = self.format.name in ("q8", "q4")
+        return tuple(binding(n.args[2]).key for n in self.nodes) if quantised else ()  # type: ignore[arg-type]
+
+
+Groups = dict[fx.Node, LinearGroup]
+
+
+def linear_groups(program: Program) -> dict[str, Groups]:
+    """Per entry, the group of every linear layer with stored weights.
+
+    A weight is stored once, so layers are only joined when every use of each of their weights is in an equal group.
+    """
+    found = {name: _candidates(entry) for name, entry in program.entries.items()}
+    uses: dict[str, set[Any]] = defaultdict(set)
+    for entry_name, entry in program.entries.items():
+        members = {node: group for group in found[entry_name] for node in group.nodes}
+        for weight in entry.placeholders("weight"):
+            for user in weight.users:
+                group = members.get(user)
+                uses[binding(weight).key].add((group.weights, group.interleaved) if group else user.name)
+    return {name: _settled(groups, uses) for name, groups in found.items()}
+
+
+def weight_of(node: fx.Node) -> fx.Node:
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    return weight
+
+
+def bias_of(node: fx.Node) -> fx.Node | None:
+    """The bias argument; its place follows the scales, where there are any."""
+    bias = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)).get("bias")  # type: ignore[union-attr]
+    bias = node.kwargs.get("bias", bias)
+    return bias if isinstance(bias, fx.Node) else None
+
+
+def _candidates(entry: Entry) -> list[LinearGroup]:
+    """Stored-weight layers grouped by input and format."""
+    by_input: dict[Any, list[fx.Node]] = defaultdict(list)
+    for node in entry.calls(*LINEARS):
+        if is_stored(node):
+            by_input[node.args[0], format_of(node)].append(node)
+    return [part for (_, form), nodes in by_input.items() for part in _split_gates(nodes, form)]
+
+
+def is_stored(node: fx.Node) -> bool:
+    """Whether all parameters of a linear layer are stored weights."""
+    parameters = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, fx.Node)]
+    return bool(parameters) and all(is_weight(p) for p in parameters)
+
+
+def format_of(node: fx.Node) -> Format:
+    name = LINEARS[node.target]
+    if name == "f32":
+        return F32
+    if name == "bf16":
+        return Format("bf16")
+    scales, x = value(node.args[2]), value(node.args[0])  # type: ignore[arg-type]
+    groups = int(scales.shape[1])
+    return Format(name, 0 if groups == 1 and name == "q8" else int(x.shape[-1]) // groups)  # type: ignore[arg-type]
+
+
+def _split_gates(nodes: list[fx.Node], form: Format) -> list[LinearGroup]:
+    """Pairs that one gate reads are interleaved, the others stand side by side."""
+    pairs = []
+    for node in nodes:
+        users = list(node.users)
+        partner = [n for n in nodes if n is not node and list(n.users) == users]
+        if len(users) == 1 and users[0].target in GATES and len(partner) == 1 and users[0].args[0] is node:
+            pairs.append((node, partner[0]))
+    paired = {n for pair in pairs for n in pair}
+    rest = tuple(n for n in nodes if n not in paired)
+    gates = [LinearGroup(pair, form, interleaved=True) for pair in pairs if _alike(pair)]
+    gates += [LinearGroup((n,), form) for pair in pairs if not _alike(pair) for n in pair]
+    return [*gates, *([LinearGroup(rest, form)] if rest else [])]
+
+
+def _alike(pair: tuple[fx.Node, fx.Node]) -> bool:
+    return weight_of(pair[0]) is not weight_of(pair[1]) and (
+        value(weight_of(pair[0])).shape[0] == value(weight_of(pair[1])).shape[0]
+    )
+
+
+def _settled(groups: list[LinearGroup], uses: Mapping[str, set[Any]]) -> Groups:
+    settled: Groups = {}
+    for group in groups:
+        distinct = len(set(group.weights)) == len(group.nodes)
+        joint = distinct and all(uses[key] == {(group.weights, group.interleaved)} for key in group.weights)
+        for node in group.nodes:
+            settled[node] = group if joint or len(group.nodes) == 1 else LinearGroup((node,), group.format)
+    return settled

@@ -1,0 +1,105 @@
+"""Low-bit weights as tensors: what an embedding reads when it shares the weight of a linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from sylvester.codegen import bfloat16, quantized
+from sylvester.codegen.elementwise import call, value_of
+from sylvester.codegen.index import Index, index
+from sylvester.codegen.lazy import Buffer, Indices, Lazy
+from sylvester.codegen.lowering import Fact, Lowering, lowers
+from sylvester.codegen.scalar import Constant, Expr, Load, cast
+from sylvester.compiler import quantized_ops  # noqa: F401  (registers the ops below)
+from sylvester.compiler.errors import Unsupported
+
+dialect = torch.ops.sylvester
+Element = Callable[[Indices], Expr]
+
+
+@lowers(dialect.dequantize_w8.default)
+def dequantize_w8(lowering: Lowering, fact: Fact, weight: Lazy, scales: Lazy) -> Lazy:
+    """int8 weights times their scales, from the panels of a linear layer or as they are."""
+    (buffer, group), k = _stored(lowering, weight), fact.shape[1]
+    if group is None:
+        size = _exact(k, scales.shape[1])
+        return _product(fact, lambda i: cast(weight.load(i), "f32"), lambda i: scales.load([i[0], i[1] // size]))
+
+    def number(i: Indices) -> Expr:
+        return _centred(Load(buffer.name, quantized.place_q8(*i, k, group), "u8"), 128)
+
+    def scale(i: Indices) -> Expr:
+        place = quantized.scale_place_q8(*i, k, group)
+        return _half(buffer, place) if group else _single(buffer, place)
+
+    return _product(fact, number, scale)
+
+
+@lowers(dialect.dequantize_w4.default)
+def dequantize_w4(lowering: Lowering, fact: Fact, weight: Lazy, scales: Lazy) -> Lazy:
+    """int4 weights times their scales, from the panels of a linear layer or as they are."""
+    (buffer, group), k = _stored(lowering, weight), fact.shape[1]
+    if group is None:
+        size = _exact(k, scales.shape[1])
+        return _product(
+            fact,
+            lambda i: _nibble(weight.load([i[0], i[1] // 2]), i[1] % 2 * 4),
+            lambda i: scales.load([i[0], i[1] // size]),
+        )
+
+    def number(i: Indices) -> Expr:
+        place, shift = quantized.place_q4(*i, k, group)
+        return _nibble(Load(buffer.name, place, "u8"), shift)
+
+    return _product(fact, number, lambda i: _half(buffer, quantized.scale_place_q4(*i, k, group)))
+
+
+@lowers(dialect.widen_bf16.default, bf16=True)
+def widen_bf16(lowering: Lowering, fact: Fact, weight: Lazy) -> Lazy:
+    """bfloat16 weights as float32, from the panels of a linear layer or as they are."""
+    (buffer, group), k = _stored(lowering, weight), fact.shape[-1]
+    if group is None:
+        return Lazy(fact.shape, "f32", lambda i: cast(weight.load(i), "f32"))
+    return Lazy(fact.shape, "f32", lambda i: _half(buffer, bfloat16.offset_bf16(*i, k) * 2))
+
+
+def _stored(lowering: Lowering, weight: Lazy) -> tuple[Buffer, int | None]:
+    """The buffer of a stored weight and the group size of its panels; None when it is not in panels."""
+    element = weight.probe[1]
+    if not isinstance(element, Load):
+        raise Unsupported("a low-bit weight must be a stored tensor, found one computed at run time")
+    buffer = lowering.plan.buffers[element.buffer]
+    return buffer, buffer.layout.format.group if buffer.layout and buffer.packed else None
+
+
+def _exact(k: Index, groups: Index) -> Index:
+    """The group size along a depth of k."""
+    if k.constant is None or groups.constant is None:
+        raise Unsupported("low-bit weights have static shapes")
+    return index(k.constant // groups.constant)
+
+
+def _product(fact: Fact, number: Element, scale: Element) -> Lazy:
+    return Lazy(fact.shape, "f32", lambda i: call("mul", number(i), scale(i)))
+
+
+def _centred(stored: Expr, zero: int) -> Expr:
+    """A number stored with `zero` added."""
+    return call("sub", cast(stored, "f32"), Constant(float(zero), "f32"))
+
+
+def _nibble(byte: Expr, shift: Index) -> Expr:
+    bits = call("shr", cast(byte, "i64"), value_of(shift))
+    return _centred(call("and", bits, Constant(15, "i64")), 8)
+
+
+def _half(buffer: Buffer, place: Index) -> Expr:
+    """The bfloat16 whose bytes start at `place`."""
+    return call("bf16_bytes", *(Load(buffer.name, place + n, "u8") for n in range(2)), dtype="f32")
+
+
+def _single(buffer: Buffer, place: Index) -> Expr:
+    """The float32 whose bytes start at `place`."""
+    return call("f32_bytes", *(Load(buffer.name, place + n, "u8") for n in range(4)), dtype="f32")

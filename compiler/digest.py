@@ -1,0 +1,215 @@
+"""A digest of a model: its weights, attributes and the code it runs, found by walking objects, never by their names.
+
+What cannot be followed is refused: a model that looks the same must be the same.
+"""
+
+from __future__ import annotations
+
+import dis
+import enum
+import functools
+import hashlib
+import sys
+import sysconfig
+import types
+from collections.abc import Mapping, Sequence, Set
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PLAIN = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), slice, range)
+BY_REPR = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, np.dtype, np.generic)
+BUILT_IN = (types.BuiltinFunctionType, types.MethodWrapperType, types.WrapperDescriptorType, types.MethodDescriptorType)
+NOT_CODE = {"__dict__", "__weakref__", "__doc__", "__module__", "__firstlineno__", "__static_attributes__"}
+NOT_CODE |= {"__annotations__", "__annotate__", "__annotate_func__", "__abstractmethods__", "_abc_impl"}
+IN_PYTHON = 1 << 9
+"""Flag of classes made by Python code; those made in C may hold what their attributes do not show."""
+
+
+class Opaque(Exception):
+    """Something that has no digest; the text says what."""
+
+
+class Digest:
+    """Feed values, read `hex()`. An object met again is recorded by its number, so that sharing and cycles count."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._seen: dict[int, int] = {}
+        self._alive: list[Any] = []
+        self._memory: dict[int, int] = {}
+
+    def hex(self) -> str:
+        return self._hash.hexdigest()
+
+    def text(self, *parts: str) -> None:
+        for part in parts:
+            data = part.encode("utf-8", "surrogatepass")
+            self._hash.update(len(data).to_bytes(8, "little") + data)
+
+    def add(self, value: Any) -> None:
+        """Anything reachable from a model; `Opaque` where it cannot be followed."""
+        if isinstance(value, PLAIN) and not isinstance(value, enum.Enum):
+            self.text(type(value).__qualname__, repr(value))
+        elif isinstance(value, BY_REPR):
+            self.text(type(value).__qualname__, repr(value))
+        elif self._is_new(value):
+            self._add_object(value)
+
+    def _is_new(self, value: Any) -> bool:
+        number = self._seen.setdefault(id(value), len(self._seen))
+        if number < len(self._alive):
+            self.text("again", str(number))
+            return False
+        self._alive.append(value)
+        return True
+
+    def _add_object(self, value: Any) -> None:
+        if isinstance(value, (Tensor, np.ndarray)):
+            self._add_tensor(value)
+        elif isinstance(value, types.ModuleType):
+            self._add_module(value, ())
+        elif isinstance(value, type):
+            self._add_class(value)
+        elif isinstance(value, types.FunctionType):
+            self._add_function(value)
+        elif isinstance(value, BUILT_IN):
+            self.text("built-in", repr(getattr(value, "__module__", "")), value.__qualname__)
+        elif isinstance(value, (Mapping, Sequence, Set)) and type(value).__module__ in ("builtins", "collections"):
+            self._add_collection(value)
+        else:
+            self._add_instance(value)
+
+    def _add_collection(self, value: Any) -> None:
+        self.text(type(value).__qualname__, str(len(value)))
+        if isinstance(value, Mapping):
+            value = [part for item in value.items() for part in item]
+        elif isinstance(value, Set):
+            value = sorted(value, key=repr)
+        for part in value:
+            self.add(part)
+
+    def _add_tensor(self, value: Any) -> None:
+        array = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(value)
+        if array.layout != torch.strided or array.is_meta:
+            raise Opaque(f"a tensor of layout {array.layout} on {array.device}")
+        self.text("tensor", str(array.dtype), str(tuple(array.shape)), str(array.stride()), type(value).__qualname__)
+        if isinstance(value, Tensor):
+            self.text(str(value.device), str(self._memory.setdefault(value.data_ptr(), len(self._memory))))
+        self._hash.update(memoryview(array.contiguous().reshape(-1).view(torch.uint8).numpy()))
+
+    def _add_instance(self, value: Any) -> None:
+        if isinstance(value, enum.Enum):
+            self.text("enum", type(value).__qualname__, value.name)
+        elif isinstance(value, functools.partial):
+            self.add((value.func, value.args, value.keywords))
+        elif isinstance(value, types.MethodType):
+            self.add((value.__func__, value.__self__))
+        elif isinstance(value, (staticmethod, classmethod)):
+            self.add(value.__func__)
+        elif isinstance(value, property):
+            self.add((value.fget, value.fset))
+        else:
+            self._add_attributes(value)
+
+    def _add_attributes(self, value: Any) -> None:
+        bases = type(value).__mro__[:-1]
+        foreign = [base for base in bases if not base.__flags__ & IN_PYTHON and base is not dict]
+        if foreign:
+            raise Opaque(f"a value of type {type(value).__module__}.{type(value).__qualname__}")
+        self.add(type(value))
+        slots = [name for base in bases for name in vars(base).get("__slots__", ()) if hasattr(value, name)]
+        self.add({name: getattr(value, name) for name in slots})
+        self.add(getattr(value, "__dict__", {}))
+        if isinstance(value, dict):
+            self.add(dict(value))
+
+    def _add_class(self, value: type) -> None:
+        self.text("class", value.__module__, value.__qualname__)
+        release = _release(value.__module__)
+        if release:
+            self.text(release)
+            self.add([part for part in vars(value).values() if _is_patch(part)])
+            return
+        self.add(value.__bases__)
+        self.add({name: part for name, part in vars(value).items() if name not in NOT_CODE})
+
+    def _add_function(self, value: types.FunctionType) -> None:
+        self.text("function", value.__module__ or "", value.__qualname__)
+        release = "" if _is_patch(value) else _release(value.__module__ or "")
+        self.text(release)
+        for cell in value.__closure__ or ():
+            self.add(_contents(cell))
+        if not release:
+            self.add((value.__defaults__, value.__kwdefaults__, vars(value)))
+            self._add_code(value.__code__, value.__globals__)
+
+    def _add_code(self, code: types.CodeType, scope: dict[str, Any]) -> None:
+        self._hash.update(code.co_code)
+        self.text(*code.co_names, *code.co_varnames, *code.co_freevars, str(code.co_flags))
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                self._add_code(constant, scope)
+            else:
+                self.add(constant)
+        for name in code.co_names:
+            found = scope.get(name)
+            if isinstance(found, types.ModuleType):
+                self._add_module(found, code.co_names)
+            elif name in scope:
+                self.add(found)
+        for step in dis.get_instructions(code):
+            if step.opname == "IMPORT_NAME" and not _release(str(step.argval)):
+                raise Opaque(f"an import of {step.argval!r} inside a function")
+
+    def _add_module(self, value: types.ModuleType, names: Sequence[str]) -> None:
+        """An installed package by its version; any other module by its text and what the reader names of it."""
+        self.text("module", value.__name__)
+        release = _release(value.__name__)
+        if release:
+            self.text(release)
+            return
+        path = getattr(value, "__file__", None)
+        if not path or not Path(path).is_file():
+            raise Opaque(f"the module {value.__name__!r}")
+        self._hash.update(Path(path).read_bytes())
+        for name in names:
+            if hasattr(value, name):
+                self.add(getattr(value, name))
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+@functools.cache
+def _release(module: str) -> str:
+    """What fixes the code of an installed module: its distribution's version. Empty for code that may be edited."""
+    top = module.partition(".")[0]
+    if top in sys.stdlib_module_names or top == "builtins":
+        return "" if top == "__main__" else f"python {sys.version}"
+    path = getattr(sys.modules.get(top), "__file__", None)
+    if not path or not _is_installed(path):
+        return ""
+    try:
+        return f"{top} {metadata.version(top)}"
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+@functools.cache
+def _is_installed(path: str) -> bool:
+    folders = {sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")}
+    return any(Path(path).is_relative_to(folder) for folder in folders) or path.startswith("<")
+
+
+def _is_patch(part: object) -> bool:
+    """Whether this is a function written elsewhere than in an installed package, whatever it says of itself."""
+    return isinstance(part, types.FunctionType) and not _is_installed(part.__code__.co_filename)

@@ -1,0 +1,60 @@
+"""Round to nearest: float weights -> bfloat16, int8 or int4 with scales, a slice of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sylvester.compiler.quantized_ops import GROUPS, ROWS_AT_ONCE
+
+Rounded = tuple[Tensor, Tensor]
+"""Stored numbers [n, k] (int4: [n, k / 2]) and float32 scales [n, groups]."""
+
+
+def round_bf16(weight: Tensor) -> Tensor:
+    return weight.to(torch.bfloat16)
+
+
+def round_int8(weight: Tensor, group: int = 0) -> Rounded:
+    """Numbers in [-127, 127] with scale max |w| / 127, of a whole row or of `group` columns, then held by bfloat16."""
+    return _by_rows(weight, lambda rows: _int8(rows, group))
+
+
+def round_int4(weight: Tensor, group: int = 32) -> Rounded:
+    """Numbers in [-8, 7], two to a byte: the largest of a group in magnitude is -8 times a scale of either sign."""
+    if group not in GROUPS:
+        raise ValueError(f"int4 has groups of {GROUPS}, found {group}")
+    return _by_rows(weight, lambda rows: _int4(rows, group))
+
+
+def _by_rows(weight: Tensor, rounded: Callable[[Tensor], Rounded]) -> Rounded:
+    """Only one slice of rows has temporaries."""
+    numbers, scales = zip(*(rounded(rows.float()) for rows in weight.split(ROWS_AT_ONCE)), strict=True)
+    return torch.cat(numbers), torch.cat(scales)
+
+
+def _int8(rows: Tensor, group: int) -> Rounded:
+    split = rows.unflatten(1, (-1, group or rows.shape[1]))
+    scales = split.abs().amax(-1, keepdim=True) / 127
+    scales = _short(scales) if group else scales
+    return _divide(split, scales).clamp(-127, 127).to(torch.int8).flatten(1), scales.squeeze(-1)
+
+
+def _int4(rows: Tensor, group: int) -> Rounded:
+    split = rows.unflatten(1, (-1, group))
+    extreme = split.gather(-1, split.abs().argmax(-1, keepdim=True))
+    scales = _short(extreme / -8)
+    nibbles = (_divide(split, scales).clamp(-8, 7) + 8).to(torch.uint8).flatten(1)
+    return nibbles[:, ::2] | nibbles[:, 1::2] << 4, scales.squeeze(-1)
+
+
+def _divide(values: Tensor, scales: Tensor) -> Tensor:
+    """Quotients rounded half to even; 0 where the scale is 0."""
+    return torch.where(scales == 0, 0.0, torch.round(values / scales))
+
+
+def _short(scales: Tensor) -> Tensor:
+    """The nearest values that bfloat16 holds: kernels store the scales of groups so."""
+    return scales.bfloat16().float()

@@ -1,0 +1,141 @@
+"""Dialect ops over low-bit weights: linear layers with bfloat16, int8 and int4 weights, and their widening."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sylvester.compiler.ops import Cost, Stored, op
+
+GROUPS = (32, 64, 128)
+"""Sizes of the groups along the depth that share a scale."""
+ROWS_AT_ONCE = 4096
+"""Rows of a weight that a reference widens at a time, which bounds its memory."""
+BF16, INT8, PACKED = torch.bfloat16, torch.int8, torch.uint8
+Widen = Callable[[Tensor, Tensor], Tensor]
+
+
+def _nbytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _linear_cost(x: Tensor, weight: Tensor, *others: Tensor | None) -> Cost:
+    rows, written = x.numel() // x.shape[-1], x.numel() // x.shape[-1] * weight.shape[0] * x.element_size()
+    return Cost(2 * rows * weight.shape[0] * x.shape[-1], _nbytes(x, weight, *others) + written)
+
+
+def _widening_cost(weight: Tensor, *scales: Tensor) -> Cost:
+    values = weight.numel() * (2 if weight.dtype == PACKED else 1)
+    return Cost(values if scales else 0, _nbytes(weight, *scales) + 4 * values)
+
+
+def grouped(values: Tensor, scales: Tensor) -> Tensor:
+    """Values [n, k] times scales [n, groups], each along k / groups neighbours; one group is a scale per channel."""
+    k, groups = values.shape[1], scales.shape[1]
+    if groups > 1 and (k % groups or k // groups not in GROUPS):
+        raise ValueError(f"{groups} groups along a depth of {k}, expected one, or groups of {GROUPS}")
+    return (values.to(scales.dtype).unflatten(1, (groups, -1)) * scales.unsqueeze(-1)).flatten(1)
+
+
+def unpacked(weight: Tensor) -> Tensor:
+    """uint8 [n, k / 2] -> int8 [n, k]: the low half of a byte is the even column, stored as value + 8."""
+    return torch.stack((weight & 15, weight >> 4), -1).flatten(1).to(INT8) - 8
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers in [-127, 127] and float32 scales [..., 1], x ~ numbers * scales; computed in float32.
+
+    The scale is max |x| / 127 over the last axis, the numbers round(x / scale) with ties to even; a row of zeros has
+    scale 0 and numbers 0.
+    """
+    x = x.float()
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return torch.where(scale == 0, 0.0, torch.round(x / scale)), scale
+
+
+def _dynamic_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, widen: Widen) -> Tensor:
+    """Rows are quantised, products of integers exact: float64 holds every sum for depths far above 16384."""
+    numbers, scale = quantize_rows(x)
+    pairs = zip(weight.split(ROWS_AT_ONCE), scales.double().split(ROWS_AT_ONCE), strict=True)
+    y = torch.cat([F.linear(numbers.double(), widen(w, s)) for w, s in pairs], -1) * scale.double()
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _widen_w8(weight: Tensor, scales: Tensor) -> Tensor:
+    return grouped(weight, scales)
+
+
+def _widen_w4(weight: Tensor, scales: Tensor) -> Tensor:
+    return grouped(unpacked(weight), scales)
+
+
+@op(
+    cost=_linear_cost,
+    examples=(
+        ((2, 3, 64), Stored((37, 64), BF16), Stored((37,))),
+        ((5, 33), Stored((16, 33), BF16), None),
+    ),
+)
+def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias with x and weight [n, k] rounded to bfloat16, summed in float32, or in float64 for such an x."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rounded = x.to(BF16).to(wide)
+    y = torch.cat([F.linear(rounded, w.to(wide)) for w in weight.split(ROWS_AT_ONCE)], -1)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+@op(
+    cost=_linear_cost,
+    examples=(
+        ((2, 3, 40), Stored((37, 40), INT8), Stored((37, 1)), Stored((37,))),
+        ((3, 64), Stored((33, 64), INT8), Stored((33, 2)), None),
+        ((1, 384), Stored((48, 384), INT8), Stored((48, 3)), Stored((48,))),
+    ),
+)
+def linear_w8a8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias with int8 weight [n, k] and scales [n, groups]; rows of x become int8 as `quantize_rows` says."""
+    return _dynamic_linear(x, weight, scales, bias, _widen_w8)
+
+
+@op(
+    cost=_linear_cost,
+    examples=(
+        ((2, 3, 64), Stored((37, 32), PACKED), Stored((37, 2)), Stored((37,))),
+        ((3, 192), Stored((33, 96), PACKED), Stored((33, 3)), None),
+        ((1, 384), Stored((48, 192), PACKED), Stored((48, 3)), Stored((48,))),
+    ),
+)
+def linear_w4a8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias with int4 weight [n, k / 2], packed as `unpacked` reads it, and scales [n, groups]; x as int8."""
+    return _dynamic_linear(x, weight, scales, bias, _widen_w4)
+
+
+@op(
+    cost=_widening_cost,
+    examples=((Stored((37, 40), INT8), Stored((37, 1))), (Stored((33, 192), INT8), Stored((33, 3)))),
+)
+def dequantize_w8(weight: Tensor, scales: Tensor) -> Tensor:
+    """int8 [n, k] times scales [n, groups]: the float weight [n, k]."""
+    return _widen_w8(weight, scales)
+
+
+@op(
+    cost=_widening_cost,
+    examples=((Stored((37, 32), PACKED), Stored((37, 2))), (Stored((33, 96), PACKED), Stored((33, 3)))),
+)
+def dequantize_w4(weight: Tensor, scales: Tensor) -> Tensor:
+    """Packed int4 [n, k / 2] times scales [n, groups]: the float weight [n, k]."""
+    return _widen_w4(weight, scales)
+
+
+@op(cost=_widening_cost, examples=((Stored((37, 40), BF16),), (Stored((5, 33), BF16),)))
+def widen_bf16(weight: Tensor) -> Tensor:
+    """bfloat16 -> float32, exactly."""
+    return weight.float()
+
+
+LINEARS = frozenset({torch.ops.aten.linear.default, linear_bf16.target, linear_w8a8.target, linear_w4a8.target})
+"""Every op that computes x W^T + bias with x and W as its first two arguments."""
