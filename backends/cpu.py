@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from sylvester.backends.base import Backend
+from sylvester.backends.identity import identity
 from sylvester.backends.kernel_table import write_table
 from sylvester.backends.packed_weights import stored_tensors
 from sylvester.backends.signature import manifest
@@ -18,20 +19,22 @@ from sylvester.backends.toolchain import build_shared, find_compiler
 from sylvester.backends.tuning import tune, write_problems
 from sylvester.codegen.compile import compile_program
 from sylvester.codegen.isa import variants
-from sylvester.compiler import quantized_ops  # noqa: F401  (registers the ops below)
+from sylvester.compiler import knobs, quantized_ops  # noqa: F401  (registers the ops below)
 from sylvester.compiler.errors import Unsupported
 from sylvester.compiler.manifest import Manifest
 from sylvester.compiler.program import Program, binding
 from sylvester.compiler.progress import Progress
 from sylvester.compiler.target import Target
 
-BUILDERS = 2
 BF16_READERS = (torch.ops.sylvester.linear_bf16.default, torch.ops.sylvester.widen_bf16.default)
 
 
 class Cpu(Backend):
     name: ClassVar[str] = "cpu"
     tunes: ClassVar[bool] = True
+
+    def identity(self, target: Target) -> tuple[str, ...] | None:
+        return identity(target)
 
     def build(self, program: Program, target: Target, folder: Path, progress: Progress) -> Manifest:
         _require_float32(program)
@@ -41,7 +44,7 @@ class Cpu(Backend):
         tuning = tune(compiled.problems, isas, target, compiler, seconds=target.tune, progress=progress)
         isas, self.notes, self.fusions = tuning.isas, tuning.notes, compiled.fusions
         progress("compile", 0, len(isas))
-        with ThreadPoolExecutor(BUILDERS) as pool:
+        with ThreadPoolExecutor(knobs.threads()) as pool:
             jobs = [
                 pool.submit(
                     build_shared, compiled.unit.text(isa), folder / "code" / f"{isa.name}.so", isa, compiler=compiler
@@ -49,13 +52,13 @@ class Cpu(Backend):
                 for isa in isas
             ]
             try:
+                write_tensors(folder / "weights.safetensors", stored_tensors(program, compiled.weights))
                 for done, job in enumerate(jobs):
                     job.result()
                     progress("compile", done + 1, len(isas))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        write_tensors(folder / "weights.safetensors", stored_tensors(program, compiled.weights))
         write_table(folder, compiled.unit.costs)
         write_problems(folder, compiled.problems, tuning)
         names = {entry: [use.name for use in uses] for entry, uses in compiled.weights.items()}

@@ -1,4 +1,4 @@
-"""Load and run a CPU artefact: mapped weights, one thread team, one arena reused between calls. Needs numpy only."""
+"""Load and run a CPU artefact: one copy of the weights, one thread team, one arena reused between calls. Needs numpy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sylvester.backends.cpu_library import Doubles, Library, choose
 from sylvester.backends.memory import aligned, aligned_empty, aligned_zeros
-from sylvester.backends.tensor_file import map_tensors
+from sylvester.backends.tensor_file import TensorFile
 from sylvester.compiler import binding, knobs
 from sylvester.compiler.errors import ArtefactError, CompileError, InputError
 from sylvester.compiler.manifest import WEIGHTS, EntrySpec, Manifest, TensorSpec
@@ -51,7 +51,8 @@ class Engine:
         self.library = Library(choice.path, list(manifest.entries))
         self.notes = choice.notes
         """What the user should know of the variant that was loaded."""
-        self._weights = _load_weights(folder, manifest)
+        self._file = _open_weights(folder, manifest)
+        self._weights: dict[str, Array] = {}
         self._calls: dict[object, Call] = {}
         self._arena: Array = aligned_empty((0,), "uint8")
         self._closed = False
@@ -104,6 +105,14 @@ class Engine:
         self.library.entry("costs", entry)(sizes, position, _doubles(found[0]), _doubles(found[1]))
         return found
 
+    def read_weights(self) -> dict[str, Array]:
+        """Bring the weights into memory, unless an earlier call did: the process that compiles holds them already."""
+        with self._reading:
+            if self._file is not None:
+                self._file.read()
+                self._weights, self._file = self._file.arrays, None
+        return self._weights
+
     def close(self) -> None:
         """Stop the threads; a later run is an error."""
         with self._lock:
@@ -113,7 +122,7 @@ class Engine:
 
     def _start(self) -> None:
         """A fresh lock, and no team until the first run: also what a forked child needs, whose threads are gone."""
-        self._lock = threading.Lock()
+        self._lock, self._reading = threading.Lock(), threading.Lock()
         self._team: int | None = None
         self._free: weakref.finalize[Any, Engine] | None = None
 
@@ -150,8 +159,9 @@ class Engine:
             at += rank
         count = len(spec.inputs) + len(spec.weights) + len(spec.states) + len(spec.outputs) + 1
         buffers = (ctypes.c_void_p * count)()
+        weights = self.read_weights()
         for index, name in enumerate(spec.weights, len(spec.inputs)):
-            buffers[index] = self._weights[name].ctypes.data
+            buffers[index] = weights[name].ctypes.data
         return Call(sizes, buffers, shapes, int(self.library.entry("arena", entry)(sizes)))
 
     def _execute(
@@ -234,16 +244,16 @@ def _out_of_range(value: int, holders: Sequence[TensorSpec], spec: EntrySpec) ->
     return InputError(f"index {value}{place} is out of range", hint="token ids must be smaller than the vocabulary")
 
 
-def _load_weights(folder: Path, manifest: Manifest) -> dict[str, Array]:
+def _open_weights(folder: Path, manifest: Manifest) -> TensorFile | None:
     used = {name for entry in manifest.entries.values() for name in entry.weights}
     if not used:
-        return {}
-    tensors = map_tensors(folder / WEIGHTS)
-    if missing := sorted(used - set(tensors)):
+        return None
+    file = TensorFile(folder / WEIGHTS)
+    if missing := sorted(used - set(file.arrays)):
         raise ArtefactError(
             f"{WEIGHTS} in {str(folder)!r} has no tensor {missing[0]!r}", hint="compile the model again"
         )
-    return {name: tensors[name] for name in used}
+    return file
 
 
 ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()

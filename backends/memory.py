@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from math import prod
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 LINE = 64
+MEMINFO = Path("/proc/meminfo")
 
 
 def aligned_empty(shape: Sequence[int], dtype: str) -> NDArray[np.generic]:
@@ -28,6 +31,15 @@ def aligned(array: NDArray[np.generic]) -> NDArray[np.generic]:
     copy = aligned_empty(array.shape, array.dtype.name)
     copy[...] = array
     return copy
+
+
+def available() -> float:
+    """Bytes that can be had without swapping; infinite where the system does not say."""
+    try:
+        lines = dict(line.split(":", 1) for line in MEMINFO.read_text(encoding="ascii").splitlines())
+        return 1024.0 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return math.inf
 
 
 def _room(shape: Sequence[int], dtype: str) -> int:

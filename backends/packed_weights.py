@@ -1,8 +1,8 @@
-"""The tensors an artefact stores: each weight in the layout its kernels read, made one at a time while writing."""
+"""The tensors an artefact stores: each weight in the layout its kernels read, made piece by piece while writing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from sylvester.backends.signature import dtype_text
 from sylvester.backends.tensor_writer import Deferred
 from sylvester.codegen.formats import packed, panel_bytes
 from sylvester.codegen.layout import F32, PANEL, Layout
+from sylvester.compiler.binding import DTYPES
 from sylvester.compiler.program import Program
 
 
@@ -28,7 +29,8 @@ def _deferred(program: Program, layout: Layout) -> Deferred:
         return Deferred((sum(layout.lengths),), "float32", lambda: _joined(program, layout))
     if layout.kind == "plain":
         weight = program.weights[layout.keys[0]]
-        return Deferred(tuple(weight.shape), dtype_text(weight.dtype), lambda: array(weight))
+        name = dtype_text(weight.dtype)
+        return Deferred(tuple(weight.shape), DTYPES.get(name, name), lambda: array(weight))
     shape = _packed_shape(program, layout)
     return Deferred(shape, "float32" if layout.format == F32 else "uint8", lambda: _packed(program, layout))
 
@@ -38,7 +40,7 @@ def _joined(program: Program, layout: Layout) -> NDArray[Any]:
     return np.concatenate([array(program.weights[key]) if key else np.zeros(n, np.float32) for key, n in pairs])
 
 
-def _packed(program: Program, layout: Layout) -> NDArray[Any]:
+def _packed(program: Program, layout: Layout) -> Iterator[NDArray[Any]]:
     weights = [array(program.weights[key]) for key in layout.keys]
     return packed(layout, weights, [array(program.weights[key]) for key in layout.scales])
 

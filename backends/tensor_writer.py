@@ -1,10 +1,10 @@
-"""Write a safetensors file whose data starts on a 64-byte boundary, one tensor in memory at a time."""
+"""Write a safetensors file whose data starts on a 64-byte boundary, one piece of a tensor in memory at a time."""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 ALIGNMENT = 64
 NAMES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16",
-    "int8": "I8", "uint8": "U8", "bool": "BOOL",
+    "int8": "I8", "uint8": "U8", "bool": "BOOL", "uint16": "BF16",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Deferred:
-    """A tensor that is made when its turn comes."""
+    """A tensor that is made when its turn comes: whole, or piece by piece along its first axis."""
 
     shape: tuple[int, ...]
     dtype: str
-    make: Callable[[], NDArray[Any]]
+    make: Callable[[], NDArray[Any] | Iterator[NDArray[Any]]]
 
     @property
     def nbytes(self) -> int:
@@ -49,4 +49,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Deferred]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, tensor in ordered:
-            file.write(np.ascontiguousarray(tensor.make()).data)
+            made = tensor.make()
+            for piece in [made] if isinstance(made, np.ndarray) else made:
+                file.write(np.ascontiguousarray(piece).data)

@@ -137,8 +137,9 @@ def _build(source: str, built: Path, isa: Isa, compiler: Compiler) -> None:
 
 
 def _run(command: list[str], what: str, scratch: Path) -> None:
+    pipe, environment = subprocess.PIPE, _environment(scratch)
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=_environment(scratch)
+        command, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
     )
     try:
         output, _ = process.communicate()
@@ -152,7 +153,7 @@ def _run(command: list[str], what: str, scratch: Path) -> None:
 
 
 def _environment(scratch: Path) -> dict[str, str]:
-    """The caller's environment; zig keeps its support libraries in the user's cache folder, what it builds in scratch."""
+    """The caller's environment; zig keeps its support libraries in the user's cache folder, objects in scratch."""
     return knobs.child_environment(
         ZIG_GLOBAL_CACHE_DIR=str(knobs.cache_folder() / "zig"), ZIG_LOCAL_CACHE_DIR=str(scratch)
     )

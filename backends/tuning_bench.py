@@ -56,8 +56,8 @@ class Bench:
         self.operands = [_filled(n, rng) for n in warm]
         self._stride = -(-max(cold, 1) // 64) * 64
         self._copies = max(2, -(-min(2 * last_level_cache(), MOST_COLD_BYTES) // self._stride))
-        self._cold = aligned_empty((self._copies * self._stride,), "uint8")
-        self._cold.reshape(self._copies, self._stride)[:] = _filled(self._stride, rng)
+        self.cold = aligned_empty((self._copies * self._stride,), "uint8")
+        self.cold.reshape(self._copies, self._stride)[:] = _filled(self._stride, rng)
         self._pointers = (ctypes.c_void_p * len(self.operands))(*[o.ctypes.data for o in self.operands])
         self._next = 0
         self._team = self._first.sv_team_new(threads)
@@ -94,7 +94,7 @@ class Bench:
     def _run(self, candidate: Candidate, runs: int) -> NDArray[np.int64]:
         """The time in nanoseconds at which the last thread was done with each run."""
         ends = np.zeros((self._threads, runs), np.int64)
-        library, cold = self._libraries[candidate], self._cold.ctypes.data
+        library, cold = self._libraries[candidate], self.cold.ctypes.data
         code = library.sv_tune_run(
             self._team,
             self._sizes,
@@ -109,7 +109,8 @@ class Bench:
         if code:
             raise CompileError(f"{candidate} of {self._problem} failed with code {code} while being tuned")
         self._next = (self._next + runs) % self._copies
-        return ends.max(0)
+        last: NDArray[np.int64] = ends.max(0)
+        return last
 
     def _bytes(self, count: int) -> Sequence[int]:
         """The largest need of any candidate for each operand."""

@@ -82,5 +82,6 @@ def _entry(item: dict[str, Any]) -> Entry:
         for name, t in item["times"].items()
     }
     key = item["key"]
-    whole = Key(*(str(key[p]) for p in ("kernel", "problem", "target")), int(key["threads"]), str(key["toolchain"]))
+    kernel, problem, target, toolchain = (str(key[part]) for part in ("kernel", "problem", "target", "toolchain"))
+    whole = Key(kernel, problem, target, int(key["threads"]), toolchain)
     return Entry(whole, str(item["chosen"]), bool(item["finished"]), float(item["margin"]), times, str(item["at"]))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 SLICE, IDLE, LONGEST = 0.02, 0.1, 0.6
 CALLS, WAKING = 5, 2
+LONG, LONG_CALLS = 0.05, 3
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,13 @@ class Row:
     failure: str = ""
 
 
-def measure(work: str, engines: Sequence[Engine], exact: NDArray[Any], runs: int, seconds: float = 60.0) -> list[Row]:
-    """Medians over interleaved rounds; fewer rounds than `runs` (at least 3) when they take longer than `seconds`."""
+def measure(work: str, engines: Sequence[Engine], exact: NDArray[Any], runs: int, patience: float = 40.0) -> list[Row]:
+    """Medians over interleaved rounds; fewer rounds than `runs` (at least 3) after `patience` seconds."""
     errors = [error(engine.output(), exact) for engine in engines]
     times: list[list[float]] = [[] for _ in engines]
     start = time.perf_counter()
     for done in range(runs):
-        if done >= 3 and (time.perf_counter() - start) * (done + 1) / done > seconds:
+        if done >= 3 and (time.perf_counter() - start) * (done + 1) / done > patience:
             break
         for engine, found in zip(engines, times, strict=True):
             engine.ready()
@@ -71,13 +72,17 @@ def settle() -> None:
 
 
 def steady(step: Callable[[], object]) -> list[float]:
-    """Seconds of a few calls in a row, the first ones left out: its threads are awake by then."""
-    times = []
-    for _ in range(CALLS):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return times[WAKING:]
+    """Seconds of a few calls in a row, the first ones left out: its threads are awake by then. Long calls are fewer."""
+    times = [seconds(step)]
+    long = times[0] > LONG
+    times += [seconds(step) for _ in range((LONG_CALLS if long else CALLS) - 1)]
+    return times[1 if long else WAKING :]
+
+
+def seconds(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
 
 
 def error(found: NDArray[Any], exact: NDArray[Any]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,8 +10,6 @@ import numpy.typing as npt
 from sylvester.codegen.isa import Isa
 from sylvester.codegen.layout import PANEL
 from sylvester.codegen.prelude import render
-
-_Integer = TypeVar("_Integer", bound=Any)
 
 
 def header(isa: Isa) -> str:
@@ -21,7 +19,7 @@ def header(isa: Isa) -> str:
     return render("bf16.h.in", TILES=tiles, TILE_NAMES=", ".join(f"sv_bf16_tile_{r}" for r in rows))
 
 
-def panel_bytes_bf16(k: _Integer) -> _Integer:
+def panel_bytes_bf16(k: int) -> int:
     """Bytes of one panel of depth k; a multiple of 64."""
     return (k + 1) // 2 * PANEL * 4
 
@@ -40,7 +38,7 @@ def pack_bf16(weight: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
     return packed.reshape(panels, panel_bytes_bf16(k) // 2)
 
 
-def offset_bf16(row: _Integer, column: _Integer, k: _Integer) -> _Integer:
+def offset_bf16(row: Any, column: Any, k: Any) -> Any:
     """Place of element (row, column) of the weight [n, k], in bf16 values of the packed tensor; also takes symbols."""
     return row // PANEL * ((k + 1) // 2 * PANEL * 2) + column // 2 * (PANEL * 2) + row % PANEL * 2 + column % 2
 

@@ -34,7 +34,7 @@ from sylvester.codegen.linear_groups import linear_groups
 from sylvester.codegen.linears import lower_group, stored_weight
 from sylvester.codegen.lowering import Lowering, StoredLayers, require_lowerings
 from sylvester.codegen.plan import Unit
-from sylvester.codegen.problems import problems_of
+from sylvester.codegen.problems import problems_of, worth_tuning
 from sylvester.codegen.reads import step_reads
 from sylvester.codegen.scalar import Load
 from sylvester.codegen.shapes import size
@@ -69,12 +69,13 @@ def compile_program(program: Program) -> Compiled:
         fused += fuse(plan, hints)
         unit.add(plan, outputs, hints)
         weights[name] = tuple(b.layout for b in plan.of_kind("weight") if b.layout)
-    return Compiled(unit, weights, problems, tuple(fused))
+    return Compiled(unit, weights, worth_tuning(problems), tuple(fused))
 
 
 def program_problems(program: Program) -> dict[str, Counter[Problem]]:
     """What the kernels of every entry may be tuned for."""
-    return {name: problems_of(plan, _hints(program.entries[name])) for name, plan in plans(program).items()}
+    found = {name: problems_of(plan, _hints(program.entries[name])) for name, plan in plans(program).items()}
+    return worth_tuning(found)
 
 
 def plans(program: Program) -> dict[str, Plan]:

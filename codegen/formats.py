@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from sylvester.codegen.linear import pack
 from sylvester.codegen.prelude import render
 
 Array = NDArray[Any]
+PIECE = 1 << 20
+"""Values that are packed at a time, which bounds the memory it takes."""
 
 
 def format_headers(formats: Collection[FormatName], isa: Isa) -> list[str]:
@@ -34,12 +36,27 @@ def panel_bytes(form: Format, k: int) -> int:
     return (quantized.panel_bytes_q8 if form.name == "q8" else quantized.panel_bytes_q4)(k, form.group)
 
 
-def packed(layout: Layout, weights: Sequence[Array], scales: Sequence[Array]) -> Array:
-    """The stored tensor of a `panels` layout: bytes [panels, panel bytes], float32 [panels, k, 32]."""
-    if layout.ways == 1:
-        return _pack(layout.format, np.concatenate(weights), np.concatenate(scales) if scales else None)
-    each = [_pack(layout.format, w, s) for w, s in zip(weights, scales or [None] * len(weights), strict=True)]
-    return np.stack(each, 1).reshape(len(each) * len(each[0]), *each[0].shape[1:])
+def packed(layout: Layout, weights: Sequence[Array], scales: Sequence[Array]) -> Iterator[Array]:
+    """The stored tensor of a `panels` layout, some panels at a time: bytes [panels, panel bytes], f32 [panels, k, 32]."""
+    whole = sum(w.shape[0] for w in weights) if layout.ways == 1 else weights[0].shape[0]
+    step = PANEL * max(1, PIECE // max(1, layout.ways * weights[0].shape[1] * PANEL))
+    for start in range(0, whole, step):
+        rows = slice(start, start + step)
+        if layout.ways == 1:
+            yield _pack(layout.format, _rows(weights, rows), _rows(scales, rows) if scales else None)
+            continue
+        pairs = zip(weights, scales or [None] * len(weights), strict=True)
+        each = [_pack(layout.format, w[rows], None if s is None else s[rows]) for w, s in pairs]
+        yield np.stack(each, 1).reshape(len(each) * len(each[0]), *each[0].shape[1:])
+
+
+def _rows(parts: Sequence[Array], rows: slice) -> Array:
+    """Rows of the arrays laid end to end."""
+    found, start = [], 0
+    for part in parts:
+        found.append(part[max(rows.start - start, 0) : max(rows.stop - start, 0)])
+        start += part.shape[0]
+    return np.concatenate(found)
 
 
 def _pack(form: Format, weight: Array, scales: Array | None) -> Array:

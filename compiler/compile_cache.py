@@ -46,9 +46,7 @@ class Key:
         return [f"the next run compiles this model anew: {self.reason}"] if self.reason else []
 
 
-def key(
-    model: Any, example_inputs: Any, dynamic: Any, target: Target, steps: Sequence[Pass], backend: Backend
-) -> Key:
+def key(model: Any, example_inputs: Any, dynamic: Any, target: Target, steps: Sequence[Pass], backend: Backend) -> Key:
     """What decides the artefact: model, inputs, options, this program's own code, libraries, compiler."""
     if knobs.REUSE.get() == "0" or not store(KIND).limit:
         return Key("")
@@ -140,7 +138,7 @@ def reuse(wanted: Key, threads: int | None) -> Compiled | None:
 
 def _say(compiled: Compiled, wanted: Key) -> None:
     """The report of a reused artefact says so; the one on disk stays that of the compilation."""
-    note = f"taken from the cache, where an earlier run kept it as {wanted.text[:12]}; {knobs.REUSE.name}=0 compiles anew"
+    note = f"reused what an earlier run compiled ({wanted.text[:12]}); {knobs.REUSE.name}=0 compiles anew"
     ledger = dict(compiled.report.get("ledger", {}))
     ledger["text"] = "\n".join(filter(None, [ledger.get("text", ""), f"note: {note}"]))
     compiled.report |= {"ledger": ledger, "reused": wanted.text}

@@ -59,6 +59,10 @@ class Compiled:
         """What each pass did, as a table."""
         return str(self.report.get("ledger", {}).get("text", ""))
 
+    def read_weights(self) -> None:
+        """Bring the weights into memory now, not at the first call: forked processes then share them."""
+        getattr(self._runner, "read_weights", bool)()
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return text.load_tokenizer(self._folder)
@@ -173,4 +177,6 @@ def _delete(folder: Path, owner: int) -> None:
 
 def load(path: str | Path, *, threads: int | None = None) -> Compiled:
     """Load an artefact folder. Every file is checked against its recorded hash before any code runs."""
-    return Compiled(Path(path), threads=threads)
+    compiled = Compiled(Path(path), threads=threads)
+    compiled.read_weights()
+    return compiled

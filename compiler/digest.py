@@ -26,6 +26,8 @@ BY_REPR = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_for
 BUILT_IN = (types.BuiltinFunctionType, types.MethodWrapperType, types.WrapperDescriptorType, types.MethodDescriptorType)
 NOT_CODE = {"__dict__", "__weakref__", "__doc__", "__module__", "__firstlineno__", "__static_attributes__"}
 NOT_CODE |= {"__annotations__", "__annotate__", "__annotate_func__", "__abstractmethods__", "_abc_impl"}
+SALTED = {"_original_object_hash"}
+"""transformers keeps `hash()` of some attributes beside them: another number in every process."""
 IN_PYTHON = 1 << 9
 """Flag of classes made by Python code; those made in C may hold what their attributes do not show."""
 
@@ -53,9 +55,7 @@ class Digest:
 
     def add(self, value: Any) -> None:
         """Anything reachable from a model; `Opaque` where it cannot be followed."""
-        if isinstance(value, PLAIN) and not isinstance(value, enum.Enum):
-            self.text(type(value).__qualname__, repr(value))
-        elif isinstance(value, BY_REPR):
+        if isinstance(value, (*PLAIN, *BY_REPR)) and not isinstance(value, enum.Enum):
             self.text(type(value).__qualname__, repr(value))
         elif self._is_new(value):
             self._add_object(value)
@@ -124,7 +124,8 @@ class Digest:
         self.add(type(value))
         slots = [name for base in bases for name in vars(base).get("__slots__", ()) if hasattr(value, name)]
         self.add({name: getattr(value, name) for name in slots})
-        self.add(getattr(value, "__dict__", {}))
+        attributes = vars(value) if hasattr(value, "__dict__") else {}
+        self.add({name: part for name, part in attributes.items() if name not in SALTED})
         if isinstance(value, dict):
             self.add(dict(value))
 

@@ -20,15 +20,18 @@ class Knob:
 
 
 CC = Knob("SYLVESTER_CC", "", "C compiler command; empty: ziglang, then clang, then gcc")
-ISA = Knob("SYLVESTER_ISA", "", "force one CPU variant of an artefact (scalar, avx2, ..., amx); empty: the best the CPU has")
+ISA = Knob("SYLVESTER_ISA", "", "force one CPU variant (scalar, avx2, ..., amx); empty: the best the CPU has")
 THREADS = Knob("SYLVESTER_THREADS", "0", "threads of a CPU artefact; 0: all cores this process may use")
+HUGE_PAGES = Knob(
+    "SYLVESTER_HUGE_PAGES", "1", "0 maps large weights from the file: processes share them, kernels read them slower"
+)
 CACHE = Knob("SYLVESTER_CACHE", "", "folder of everything kept between runs; empty: ~/.cache/sylvester")
 CACHE_SIZE = Knob("SYLVESTER_CACHE_SIZE", "4000", "megabytes of compiled code and models kept for reuse; 0: nothing")
 REUSE = Knob("SYLVESTER_REUSE", "1", "0 compiles a model anew even if it is kept from an earlier run")
 TUNE = Knob("SYLVESTER_TUNE", "1", "0 ignores the tuning database and builds kernels with their defaults")
 CHECK = Knob("SYLVESTER_CHECK", "1", "0 skips the numerical check of exact passes")
 
-KNOBS = (CC, ISA, THREADS, CACHE, CACHE_SIZE, REUSE, TUNE, CHECK)
+KNOBS = (CC, ISA, THREADS, HUGE_PAGES, CACHE, CACHE_SIZE, REUSE, TUNE, CHECK)
 
 
 def cache_folder() -> Path:

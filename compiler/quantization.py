@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sylvester.compiler.quantized_ops import GROUPS, ROWS_AT_ONCE
+from sylvester.compiler.quantized_ops import GROUPS, row_slices
 
 Rounded = tuple[Tensor, Tensor]
 """Stored numbers [n, k] (int4: [n, k / 2]) and float32 scales [n, groups]."""
@@ -31,7 +31,7 @@ def round_int4(weight: Tensor, group: int = 32) -> Rounded:
 
 def _by_rows(weight: Tensor, rounded: Callable[[Tensor], Rounded]) -> Rounded:
     """Only one slice of rows has temporaries."""
-    numbers, scales = zip(*(rounded(rows.float()) for rows in weight.split(ROWS_AT_ONCE)), strict=True)
+    numbers, scales = zip(*(rounded(rows.float()) for (rows,) in row_slices(weight)), strict=True)
     return torch.cat(numbers), torch.cat(scales)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,8 @@ from sylvester.compiler.ops import Cost, Stored, op
 
 GROUPS = (32, 64, 128)
 """Sizes of the groups along the depth that share a scale."""
-ROWS_AT_ONCE = 4096
-"""Rows of a weight that a reference widens at a time, which bounds its memory."""
+ROWS_AT_ONCE, VALUES_AT_ONCE = 4096, 1 << 18
+"""The most that a reference widens of a weight at a time, which bounds its memory."""
 BF16, INT8, PACKED = torch.bfloat16, torch.int8, torch.uint8
 Widen = Callable[[Tensor, Tensor], Tensor]
 
@@ -56,11 +56,17 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(scale == 0, 0.0, torch.round(x / scale)), scale
 
 
+def row_slices(weight: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows at a time of tensors with as many rows."""
+    rows = max(1, min(ROWS_AT_ONCE, VALUES_AT_ONCE // max(1, weight.shape[1])))
+    return zip(*(t.split(rows) for t in (weight, *others)), strict=True)
+
+
 def _dynamic_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, widen: Widen) -> Tensor:
     """Rows are quantised, products of integers exact: float64 holds every sum for depths far above 16384."""
     numbers, scale = quantize_rows(x)
-    pairs = zip(weight.split(ROWS_AT_ONCE), scales.double().split(ROWS_AT_ONCE), strict=True)
-    y = torch.cat([F.linear(numbers.double(), widen(w, s)) for w, s in pairs], -1) * scale.double()
+    numbers, pairs = numbers.double(), row_slices(weight, scales.double())
+    y = torch.cat([F.linear(numbers, widen(w, s)) for w, s in pairs], -1) * scale.double()
     return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -83,7 +89,7 @@ def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """x W^T + bias with x and weight [n, k] rounded to bfloat16, summed in float32, or in float64 for such an x."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rounded = x.to(BF16).to(wide)
-    y = torch.cat([F.linear(rounded, w.to(wide)) for w in weight.split(ROWS_AT_ONCE)], -1)
+    y = torch.cat([F.linear(rounded, w.to(wide)) for (w,) in row_slices(weight)], -1)
     return (y if bias is None else y + bias).to(x.dtype)
 
 

@@ -25,7 +25,7 @@ class Store:
     limit: int
 
     def find(self, key: str) -> Path | None:
-        """The folder kept for a key, marked as used now. It may vanish at any time: another process may need the room."""
+        """The folder kept for a key, marked as used now; it may vanish when another process needs the room."""
         path = self.folder / key
         try:
             os.utime(path)
@@ -34,7 +34,7 @@ class Store:
         return path if self.limit else None
 
     def workplace(self) -> Path:
-        """A fresh folder of this process on the same file system, so that files can be linked and renamed into entries."""
+        """A fresh folder of this process on the same file system: files can be linked and renamed into entries."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f"{WORK}{os.getpid()}@{platform.node()}-", dir=self.folder))
 

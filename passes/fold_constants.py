@@ -116,7 +116,12 @@ class Folder:
         first = next((binding(n).key for n in cone if is_weight(n)), module_path(root) or "constant")
         op = op_name(root.target)
         key = self.program.weights.fresh(f"{first}.{SHORT.get(op, op)}")
-        self.program.weights[key] = self._compute(root, cone).contiguous().clone()
+        held = {self.program.weights[binding(n).key].untyped_storage().data_ptr() for n in cone if is_weight(n)}
+        result = self._compute(root, cone)
+        viewed = result.untyped_storage().data_ptr() in held
+        # A transposed weight stays a view: the model holds the values already.
+        turned = viewed and result.nbytes == result.untyped_storage().nbytes()
+        self.program.weights[key] = result if turned else result.contiguous().clone() if viewed else result.contiguous()
         return key
 
 

@@ -21,6 +21,7 @@ SCALES = (aten.mul.Tensor, aten.div.Tensor)
 SDPA = aten.scaled_dot_product_attention.default
 ATTENTION = torch.ops.sylvester.attention.default
 HEAD_VIEWS = (aten.reshape.default, aten.permute.default)
+VALUES_AT_ONCE = 1 << 20
 Answer = Refusal | bool
 """True: folded; False: nothing of this kind here; a refusal: found, but not foldable."""
 
@@ -77,7 +78,7 @@ class Fold:
         if name not in self.made:
             old = self.program.weights[key]
             broadcast = factor.reshape([-1 if d == axis else 1 for d in range(old.dim())]) if factor.dim() else factor
-            self.made[name] = self.keep(f"{key}.scaled", (old.double() * broadcast).to(old.dtype))
+            self.made[name] = self.keep(f"{key}.scaled", _scaled(old, broadcast.expand(old.shape)))
         new = self.made[name]
         return entry.bind("weight", new, self.program.weights[new])
 
@@ -100,6 +101,17 @@ class Fold:
         elif isinstance(bias, fx.Node):
             new[2] = self.scale(entry, bias, factor, 0)
         op.args = (*(new if new[2] is not None else new[:2]), *op.args[3:])
+
+
+def _scaled(weight: Tensor, factor: Tensor) -> Tensor:
+    """The product in float64, cast back; only a slice of rows has a float64 copy."""
+    if not weight.dim():
+        return (weight.double() * factor).to(weight.dtype)
+    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    rows = max(1, VALUES_AT_ONCE * len(weight) // max(1, weight.numel()))
+    for made, old, by in zip(*(t.split(rows) for t in (result, weight, factor)), strict=True):
+        made.copy_(old.double() * by)
+    return result
 
 
 def fold_attention_scale(fold: Fold, entry: Entry, node: fx.Node) -> Answer:

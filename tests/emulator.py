@@ -105,9 +105,7 @@ class Library:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.error_value = 0
 
-    def call(
-        self, name: str, threads: int, integers: Sequence[int], arrays: Sequence[np.ndarray | None]
-    ) -> int:
+    def call(self, name: str, threads: int, integers: Sequence[int], arrays: Sequence[np.ndarray | None]) -> int:
         """`name(team, integers, pointers)` in a fresh team; the arrays change as they would in memory of our own."""
         assert self._process.stdin
         assert self._process.stdout

@@ -73,7 +73,11 @@ def test_bf16(isa, text):
     rng = np.random.default_rng(0)
     lib = library(isa, text)
     shapes = [(m, 33, 70) for m in (1, 2, 8, 15, 16, 17, 31, 32, 33, 48, 65)]
-    shapes += [(20, 64, k) for k in (0, 1, 2, 31, 32, 33, 63, 64, 65, 257, 600)] + [(40, 1, 97), (33, 31, 224)]
+    shapes += [(20, 64, k) for k in (0, 1, 2, 31, 32, 33, 63, 64, 65, 257, 600)] + [
+        (40, 1, 97),
+        (33, 64, 224),
+        (65, 33, 331),
+    ]
     with team(lib, 1) as made:
         for m, n, k in shapes:
             x, y, rows = sample(rng, m, n, k)

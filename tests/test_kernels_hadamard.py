@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from sylvester.codegen.compile import compile_program
 from sylvester.codegen.hadamard import MOST, hadamard, hadamard_header
+from sylvester.compiler import ops
+from sylvester.compiler.errors import Unsupported
 from tests.kernel_harness import export, load, run, supported, team
+from tests.programs import program
 
 BLOCKS = [1 << n for n in range(MOST.bit_length())]
 BODY = hadamard() + export("transform", "sv_hadamard(t, p[0], p[1], i[0], i[1], i[2], i[3], i[4]);")
@@ -75,3 +80,21 @@ def test_a_row_in_place_and_back(isa, k, block):
 def test_other_vector_counts_are_refused():
     with pytest.raises(ValueError, match="4, 8 or 16"):
         hadamard_header(5)
+
+
+@pytest.mark.parametrize("block", [0, -4, 12, 64])
+def test_blocks_that_do_not_fit_are_refused(block):
+    with pytest.raises(ValueError, match=f"power of two and divides 96, got {block}"):
+        ops.hadamard(torch.ones(2, 96), block)
+
+
+def test_the_op_is_its_own_inverse_and_the_matrix():
+    x = torch.randn(3, 96, dtype=torch.float64)
+
+    np.testing.assert_allclose(ops.hadamard(x, 32).numpy(), reference(x.numpy(), 32), atol=1e-12)
+    torch.testing.assert_close(ops.hadamard(ops.hadamard(x, 32), 32), x)
+
+
+def test_blocks_above_the_limit_have_no_lowering():
+    with pytest.raises(Unsupported, match=f"at most {MOST}"):
+        compile_program(program(lambda x: ops.hadamard(x, 2 * MOST), torch.randn(1, 2 * MOST)))

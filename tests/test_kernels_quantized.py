@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
-from sylvester.codegen.isa import AVX512
+from sylvester.codegen.isa import DOTPROD, NEON
+from sylvester.codegen.linear import record_bytes
+from sylvester.codegen.layout import Format
 from sylvester.codegen.prelude import render
 from sylvester.codegen.quantized import (
     pack_q4,
@@ -20,55 +19,36 @@ from sylvester.codegen.quantized import (
     scale_place_q4,
     scale_place_q8,
 )
-from tests.kernel_harness import load, supported
+from sylvester.compiler.target import host_architecture
+from tests import emulator
+from tests.kernel_harness import export, load, run, supported, team
 
-VNNI = replace(AVX512, name="vnni", level=3, flags=(*AVX512.flags, "-mavx512vnni"))
-TINY = 2.0**-100
-ENTRY = """
-SV_EXPORT int64_t %(f)s_row_bytes(int64_t k, int64_t group) { return sv_%(f)s_row_bytes(k, group); }
-SV_EXPORT int64_t %(f)s_panel_bytes(int64_t k, int64_t group) { return sv_%(f)s_panel_bytes(k, group); }
-SV_EXPORT void %(f)s_pack(char *row, const float *x, int64_t k, int64_t group) { sv_%(f)s_pack_row(row, x, k, group); }
-SV_EXPORT void %(f)s_run(const sv_product *o) { sv_%(f)s_panel(o); }
-SV_EXPORT int64_t %(f)s_wide(void) { return SV_%(F)s_WIDE; }
+# p: y, x, packed weight, bias, row records, sizes [record, panel, wide, zero]; i: m, n, k, ldy, group
+BODY = """
+    int64_t m = i[0], n = i[1], k = i[2], ldy = i[3], group = i[4], *sizes = p[5];
+    const float *x = p[1], *bias = p[3];
+    char *rows = p[4];
+    sizes[0] = sv_%(f)s_row_bytes(k, group), sizes[1] = sv_%(f)s_panel_bytes(k, group);
+    sizes[2] = SV_%(F)s_WIDE, sizes[3] = SV_%(F)s_ZERO;
+    for (int64_t r = 0; r < m; r++) sv_%(f)s_pack_row(rows + r * sizes[0], x + r * k, k, group);
+    for (int64_t col = 0; col < n; col += SV_PANEL) {
+        const char *panel = (const char *)p[2] + col / SV_PANEL * sizes[1];
+        sv_product o = {rows, sizes[0], panel, (float *)p[0] + col, ldy, m, 0, k, group, bias ? bias + col : NULL};
+        o.cols = n - col < SV_PANEL ? n - col : SV_PANEL;
+        sv_%(f)s_panel(&o);
+    }
 """
-PARTS = [render(f"{part}.h.in") for part in ("qrow", "qtile", "q8", "q4")]
-SOURCE = "".join(PARTS) + "".join(ENTRY % {"f": name, "F": name.upper()} for name in ("q8", "q4"))
+HEADERS = "".join(render(f"{part}.h.in") for part in ("qrow", "qtile", "q8", "q4"))
+SOURCE = HEADERS + "".join(export(f, BODY % {"f": f, "F": f.upper()}) for f in ("q8", "q4"))
+TALL = "#define SV_Q8_ROWS 12\n#define SV_Q8_GROUPED_ROWS 12\n#define SV_Q4_ROWS 12\n"
+LOW = "#define SV_Q8_ROWS 1\n#define SV_Q8_GROUPED_ROWS 2\n#define SV_Q4_ROWS 1\n#define SV_Q8_AHEAD 0\n"
+FORMATS = [("q8", group) for group in (0, 32, 64, 128)] + [("q4", group) for group in (32, 64, 128)]
+SMALLEST = 2.0**-100
 
-
-def has_vnni() -> bool:
-    with open("/proc/cpuinfo", encoding="ascii") as info:
-        return "avx512_vnni" in info.read()
-
-
-ISAS = (*supported(), *([VNNI] if has_vnni() and AVX512 in supported() else []))
+ISAS = supported("q8", "q4")
+ARM = [] if host_architecture() == "aarch64" or emulator.missing() else [NEON, DOTPROD]
 each_isa = pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
-
-
-class Product(ctypes.Structure):
-    _fields_ = [
-        ("rows", ctypes.c_void_p),
-        ("row_bytes", ctypes.c_int64),
-        ("panel", ctypes.c_void_p),
-        ("c", ctypes.c_void_p),
-        *[(name, ctypes.c_int64) for name in ("ldc", "m", "cols", "k", "group")],
-        ("bias", ctypes.c_void_p),
-    ]
-
-
-def library(isa):
-    lib = load(SOURCE, isa)
-    for name in ("q8", "q4"):
-        for size in ("row_bytes", "panel_bytes", "wide"):
-            getattr(lib, f"{name}_{size}").restype = ctypes.c_int64
-        getattr(lib, f"{name}_pack").argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-    return lib
-
-
-def aligned(shape: tuple[int, ...]) -> np.ndarray:
-    size = int(np.prod(shape))
-    raw = np.full(size + 64, 0xEE, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].reshape(shape)
+each_format = pytest.mark.parametrize(("name", "group"), FORMATS, ids=str)
 
 
 def bfloat16(values: np.ndarray) -> np.ndarray:
@@ -79,80 +59,174 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
 
 def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     top = np.abs(x).max(1, initial=0).astype(np.float32)
-    scale = np.where(top < TINY, np.float32(0), top / np.float32(127)).astype(np.float32)
+    scale = np.where(top < SMALLEST, np.float32(0), top / np.float32(127)).astype(np.float32)
     safe = np.where(scale == 0, np.float32(1), scale)[:, None]
     return np.where(scale[:, None] == 0, 0, np.rint(x / safe)).astype(np.int64), scale
 
 
-def pack_rows(lib, name: str, x: np.ndarray, group: int) -> np.ndarray:
+def nibbles(weight: np.ndarray) -> np.ndarray:
+    return ((weight[:, ::2] + 8) | (weight[:, 1::2] + 8) << 4).astype(np.uint8)
+
+
+def pack(name: str, weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    return pack_q8(weight.astype(np.int8), scales) if name == "q8" else pack_q4(nibbles(weight), scales)
+
+
+def multiply(made_of, name, x, packed, bias, n, group):
+    """C with two columns to spare, the row records, and the sizes the kernel reports."""
+    lib, made = made_of
     m, k = x.shape
-    rows = aligned((m, getattr(lib, f"{name}_row_bytes")(ctypes.c_int64(k), ctypes.c_int64(group))))
-    for r in range(m):
-        getattr(lib, f"{name}_pack")(rows[r].ctypes.data, x[r].ctypes.data, k, group)
-    return rows
+    y = np.full((m, n + 2), np.nan, np.float32)
+    rows = np.full(m * record_bytes(Format(name, group), k) + 64, 0xEE, np.uint8)
+    rows = rows[-rows.ctypes.data % 64 :]
+    sizes = np.zeros(4, np.int64)
+    assert run(lib, made, name, [m, n, k, n + 2, group], [y, x, packed, bias, rows, sizes]) == 0
+    assert sizes[0] <= record_bytes(Format(name, group), k)
+    return y, rows[: m * sizes[0]].reshape(m, sizes[0]), sizes
 
 
-def multiply(lib, name, rows, packed, bias, shape, group) -> np.ndarray:
-    """All panels of C; the last two columns stay NaN."""
-    m, n, k = shape
-    c = np.full((m, n + 2), np.nan, np.float32)
-    for p, panel in enumerate(packed):
-        at = p * 32
-        product = Product(
-            rows.ctypes.data, rows.shape[1], panel.ctypes.data, c[:, at:].ctypes.data, n + 2, m, min(32, n - at)
-        )
-        product.k, product.group = k, group
-        product.bias = None if bias is None else bias[at:].ctypes.data
-        getattr(lib, f"{name}_run")(ctypes.byref(product))
-    return c
-
-
-def weights(rng, name: str, n: int, k: int, group: int, extreme: bool):
-    """Integer weights, scales as the kernel sees them, and the packed tensor."""
-    low, high = (-128, 127) if name == "q8" else (-8, 7)
-    w = rng.choice([low, high], (n, k)) if extreme else rng.integers(low, high + 1, (n, k))
-    scales = rng.uniform(0.01, 1, (n, k // group if group else 1)).astype(np.float32)
-    if name == "q8":
-        packed = pack_q8(w.astype(np.int8), scales, group)
-    else:
-        packed = pack_q4(((w[:, ::2] + 8) | (w[:, 1::2] + 8) << 4).astype(np.uint8), scales)
-    copy = aligned(packed.shape)
-    copy[:] = packed
-    return w, bfloat16(scales) if group else scales, copy
-
-
-def check(lib, name: str, shape, group: int, *, extreme: bool = False, biased: bool = True) -> None:
+def check(made_of, name: str, shape, group: int, *, extreme: bool = False, biased: bool = True) -> None:
     m, n, k = shape
     rng = np.random.default_rng([m, n, k, group])
     x = rng.standard_normal((m, k), np.float32)
+    low, high = (-128, 127) if name == "q8" else (-8, 7)
+    weight = rng.choice([low, high], (n, k)) if extreme else rng.integers(low, high + 1, (n, k))
     if extreme:
-        x = np.where(rng.random((m, k)) < 0.5, np.float32(-3), np.float32(3))
-        x[0] = 3
-    x[m // 2] *= m % 3
-    w, scales, packed = weights(rng, name, n, k, group, extreme)
+        x = np.where(weight[rng.integers(0, n, m)] > 0, np.float32(3), np.float32(-3))
+    if m:
+        x[m // 2] *= m % 3
+    scales = rng.uniform(0.01, 1, (n, k // group if group else 1)).astype(np.float32)
     bias = rng.standard_normal(n, np.float32) if biased else None
-    c = multiply(lib, name, pack_rows(lib, name, x, group), packed, bias, shape, group)
-    q, scale = quantise(x)
-    parts = group or max(k, 1)
-    sums = np.einsum("mgk,ngk->mng", q.reshape(m, -1, parts), w.reshape(n, -1, parts)) * scales.astype(np.float64)
-    exact = sums.sum(-1) * scale[:, None] + (0 if bias is None else bias)
-    terms = np.abs(sums).sum(-1) * scale[:, None] + (0 if bias is None else np.abs(bias))
-    assert (np.abs(c[:, :n] - exact) <= 2.0**-23 * (3 + np.sqrt(sums.shape[-1])) * terms).all(), (shape, group)
-    assert np.isnan(c[:, n:]).all()
+    y, _, _ = multiply(made_of, name, x, pack(name, weight, scales), bias, n, group)
+    (q, scale), seen = quantise(x), (bfloat16(scales) if group else scales).astype(np.float64)
+    parts = (k // group, group) if group else (1, k)
+    sums = np.einsum("mgk,ngk->mng", q.reshape(m, *parts), weight.reshape(n, *parts)) * seen
+    offset = 0 if bias is None else bias.astype(np.float64)
+    expected = sums.sum(-1) * scale[:, None] + offset
+    terms = np.abs(sums).sum(-1) * scale[:, None] + np.abs(offset)
+    assert (np.abs(y[:, :n] - expected) <= 2.0**-23 * (3 + np.sqrt(parts[0])) * terms).all(), (name, shape, group)
+    assert np.isnan(y[:, n:]).all()
 
 
 @each_isa
-@pytest.mark.parametrize(("name", "group"), [("q8", 0), ("q8", 32), ("q8", 64), ("q8", 128), ("q4", 32), ("q4", 64), ("q4", 128)])
+@each_format
 def test_every_row_count(isa, name, group):
-    lib = library(isa)
-    for m in range(1, 21):
-        check(lib, name, (m, (32, 33, 70)[m % 3], 384), group, biased=m % 4 > 0)
-        check(lib, name, (m, 31, 128), group, extreme=True)
+    lib = load(SOURCE, isa)
+    with team(lib, 1) as made:
+        for m in range(21):
+            check((lib, made), name, (m, (32, 33, 70)[m % 3], 384), group, biased=m % 4 > 0)
+            check((lib, made), name, (m, 31, 256), group, extreme=True)
 
 
 @each_isa
 def test_q8_of_any_depth(isa):
-    lib = library(isa)
-    for k in (1, 2, 3, 5, 31, 33, 63, 64, 65, 100, 127, 257, 2049):
-        check(lib, "q8", (k % 7 + 1, k % 40 + 1, k), 0)
-        check(lib, "q8", (3, 32, k), 0, extreme=True)
+    lib = load(SOURCE, isa)
+    with team(lib, 1) as made:
+        for k in (0, 1, 2, 3, 5, 31, 33, 63, 64, 65, 100, 127, 257, 2049):
+            check((lib, made), "q8", (k % 7 + 1, k % 40 + 1, k), 0)
+            check((lib, made), "q8", (3, 32, k), 0, extreme=True)
+
+
+@pytest.mark.parametrize("tuned", [TALL, LOW], ids=["tall", "low"])
+@each_isa
+def test_other_heights_of_tiles(isa, tuned):
+    lib = load(tuned + SOURCE, isa)
+    with team(lib, 1) as made:
+        for name, group in FORMATS:
+            for m in (1, 2, 7, 11, 12, 25):
+                check((lib, made), name, (m, 45, 256), group)
+
+
+@pytest.mark.parametrize("isa", ARM, ids=lambda isa: isa.name)
+def test_under_emulation(isa):
+    lib = load(SOURCE, isa)
+    with team(lib, 1) as made:
+        for name, group in FORMATS:
+            for m in (1, 2, 3, 5, 8, 13):
+                check((lib, made), name, (m, 35, 256), group, biased=m % 2 > 0)
+                check((lib, made), name, (m, 32, 256), group, extreme=True)
+        check((lib, made), "q8", (3, 5, 77), 0)
+
+
+@each_isa
+@each_format
+def test_row_records(isa, name, group):
+    rng = np.random.default_rng(7)
+    k = 256 if group else 203
+    x = rng.standard_normal((9, k), np.float32) * np.float32(10) ** rng.integers(-20, 20, (9, 1)).astype(np.float32)
+    x[3] = 0
+    x[4] = rng.uniform(-(2.0**-101), 2.0**-101, k)
+    x[5] = np.rint(x[5] / np.abs(x[5]).max() * 254) / 2
+    x[5, 0] = 127
+    x[6, 100], x[7, 50], x[8, 0] = np.nan, np.inf, -np.inf
+    lib = load(SOURCE, isa)
+    packed = pack(name, np.zeros((32, k), np.int64), np.ones((32, k // group if group else 1), np.float32))
+    with team(lib, 1) as made:
+        y, rows, (record, _, wide, zero) = multiply((lib, made), name, x, packed, None, 32, group)
+    q, scale = quantise(x[:6])
+    groups = k // group if group else 1
+    start = 64 + -(-4 * groups // 64) * 64
+    values = rows[:, start:].view(np.int16).reshape(9, -1, 4)[:, :, [0, 2, 1, 3]].reshape(9, -1)
+    values = values if wide else rows[:, start:].view(np.int8)
+    np.testing.assert_array_equal(rows[:6, :4].view(np.float32)[:, 0], scale)
+    np.testing.assert_array_equal(values[:6, :k], q)
+    assert not values[:, k : -(-k // 4) * 4].any()
+    corrections = np.ascontiguousarray(rows[:6, 64 : 64 + 4 * groups]).view(np.int32)
+    np.testing.assert_array_equal(corrections, -zero * q.reshape(6, groups, -1).sum(2))
+    assert record % 64 == 0
+    assert np.isnan(y[6:, :32]).all()
+
+
+@pytest.mark.parametrize("isa", ISAS[:1], ids=lambda isa: isa.name)
+@each_format
+def test_places_of_weights_and_scales(isa, name, group):
+    rng = np.random.default_rng(3)
+    n, k = 75, 384 if group else 101
+    weight = rng.integers(-128, 128, (n, k)) if name == "q8" else rng.integers(-8, 8, (n, k))
+    scales = rng.uniform(0.01, 1, (n, k // group if group else 1)).astype(np.float32)
+    packed = pack(name, weight, scales)
+    flat, (row, column) = packed.reshape(-1), np.indices((n, k))
+    if name == "q8":
+        found, at = flat[place_q8(row, column, k, group)].astype(int) - 128, scale_place_q8(row, column, k, group)
+    else:
+        place, shift = place_q4(row, column, k, group)
+        found, at = (flat[place] >> shift & 15).astype(int) - 8, scale_place_q4(row, column, k, group)
+    np.testing.assert_array_equal(found, weight)
+    width, kind = (2, np.uint16) if group else (4, np.float32)
+    stored = flat[at[..., None] + np.arange(width)].view(kind)[..., 0]
+    stored = (stored.astype(np.uint32) << 16).view(np.float32) if group else stored
+    np.testing.assert_array_equal(stored, np.repeat(bfloat16(scales) if group else scales, group or k, 1))
+    lib = load(SOURCE, isa)
+    with team(lib, 1) as made:
+        _, _, sizes = multiply((lib, made), name, np.ones((1, k), np.float32), packed, None, n, group)
+    assert packed.shape == (3, sizes[1])
+    assert sizes[1] == (panel_bytes_q8 if name == "q8" else panel_bytes_q4)(k, group)
+
+
+@pytest.mark.parametrize(
+    ("weight", "scales", "message"),
+    [
+        (np.zeros((4, 64), np.uint8), np.ones((4, 1), np.float32), "int8"),
+        (np.zeros(64, np.int8), np.ones((4, 1), np.float32), "int8"),
+        (np.zeros((4, 64), np.int8), np.ones((4, 1)), "scales"),
+        (np.zeros((4, 64), np.int8), np.ones((3, 2), np.float32), "scales"),
+        (np.zeros((4, 96), np.int8), np.ones((4, 2), np.float32), "groups"),
+        (np.zeros((4, 64), np.int8), np.full((4, 2), np.inf, np.float32), "finite"),
+    ],
+)
+def test_pack_q8_refuses(weight, scales, message):
+    with pytest.raises(ValueError, match=message):
+        pack_q8(weight, scales)
+
+
+@pytest.mark.parametrize(
+    ("weight", "scales", "message"),
+    [
+        (np.zeros((4, 64), np.int8), np.ones((4, 2), np.float32), "uint8"),
+        (np.zeros((4, 128), np.uint8), np.ones((4, 1), np.float32), "groups"),
+        (np.zeros((4, 64), np.uint8), np.ones((4, 0), np.float32), "groups"),
+    ],
+)
+def test_pack_q4_refuses(weight, scales, message):
+    with pytest.raises(ValueError, match=message):
+        pack_q4(weight, scales)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 
+import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import sylvester as sv
 from sylvester.backends import tuner as tuner_module
@@ -16,7 +19,9 @@ from sylvester.backends.tuner import Setting, Tuner, run_race
 from sylvester.backends.tuning import best_for_program, gain, read_problems, tune
 from sylvester.backends.tuning_bench import Bench, WrongCandidate, build
 from sylvester.backends.tuning_database import Database, Entry, Key, Time, default_path
+from sylvester.codegen.compile import program_problems
 from sylvester.codegen.isa import AVX512, SCALAR
+from sylvester.codegen.problems import DECODE_KEYS, worth_tuning
 from sylvester.codegen.space import Candidate, Problem, Space, row_class
 from sylvester.codegen.tunable import family_of
 from sylvester.compiler.errors import CompileError, Unsupported
@@ -243,6 +248,76 @@ def test_real_candidates_of_a_tiny_layer_agree_and_are_timed(tmp_path):
     assert set(found.times) == {str(c) for c in family_of(TINY).space.candidates}
     assert all(len(t.samples) >= FIRST_ROUND and min(t.samples) > 0 for t in found.times.values())
     assert seen == [(f"tune {TINY}", 0, 1), ("tune", 1, 1)]
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem("linear", "bf16", (5, 40, 33)),
+        Problem("linear", "q8", (5, 40, 33)),
+        Problem("linear", "q8/32", (5, 40, 64)),
+        Problem("linear", "q4/32", (5, 40, 64)),
+        Problem("attention", "f32/causal", (9, 9, 4, 2, 16)),
+        Problem("attention", "f32/full", (1, 70, 4, 2, 16)),
+        Problem("attention", "bf16/full", (1, 70, 4, 2, 16)),
+    ],
+    ids=str,
+)
+def test_candidates_of_every_family_build_and_agree(problem, tmp_path):
+    of, compiler = family_of(problem), find_compiler()
+    candidates = [DEFAULT, *(Candidate(c[-1]) for c in of.choices)]
+
+    bench = Bench({c: build(of, SCALAR, c, tmp_path, compiler) for c in candidates}, of, problem, 2)
+    with closing(bench):
+        bench.check()
+        times = bench.measure(candidates[-1], 3)
+
+    assert len(times) == 3
+    assert min(times) > 0
+    assert np.abs(bench.operands[0].view(np.float32)).max() > 0
+
+
+def test_harness_computes_the_layer(tmp_path):
+    m, n, k = TINY.shape
+    bench = Bench(
+        {DEFAULT: build(family_of(TINY), SCALAR, DEFAULT, tmp_path, find_compiler())}, family_of(TINY), TINY, 2
+    )
+    with closing(bench):
+        bench.check()
+        x = bench.operands[1].view(np.float32).reshape(m, k).astype(np.float64)
+        panels = bench.cold.view(np.float32)[: -(-n // 32) * 32 * k].reshape(-1, k, 32).astype(np.float64)
+        weight = panels.transpose(0, 2, 1).reshape(-1, k)[:n]
+
+        np.testing.assert_allclose(bench.operands[0].view(np.float32).reshape(m, n), x @ weight.T, rtol=0, atol=1e-6)
+
+
+def test_problems_of_a_language_model():
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        max_position_embeddings=32,
+    )
+    program = sv.trace(LlamaForCausalLM(config).eval(), (torch.randint(0, 50, (2, 8)),))
+
+    found = program_problems(program)
+
+    assert found["decode"][Problem("attention", "f32/full", (1, DECODE_KEYS, 4, 2, 8))] == 2
+    assert found["start"][Problem("attention", "f32/causal", (256, 256, 4, 2, 8))] == 2
+    assert found["decode"][Problem("linear", "f32", (1, 50, 32))] == 1
+    assert found["start"][Problem("linear", "f32", (1, 50, 32))] == 1
+    columns = [n * p.shape[1] for p, n in found["decode"].items() if p.family == "linear"]
+    assert sum(columns) == 50 + 2 * (64 + 32 + 128 + 32)
+
+
+def test_prompts_are_tuned_as_the_entry_that_reads_them():
+    counts = Counter([TINY])
+
+    assert set(worth_tuning({"prefill": counts, "start": counts, "decode": counts})) == {"start", "decode"}
+    assert set(worth_tuning({"prefill": counts, "decode": counts})) == {"prefill", "decode"}
 
 
 def test_wrong_candidate_is_an_error(tmp_path):

@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.measure import Row
 from benchmarks.suite import report
 from benchmarks.suite.maker import MAKERS
-from benchmarks.suite.worker import Order
+from benchmarks.suite.worker import Order, locked
 from benchmarks.suite.works import PRECISIONS, Work, chosen
 
 MODELS = Path("~/.cache/sylvester-bench").expanduser()
@@ -33,7 +33,7 @@ VERSIONS = ("torch", "torchao", "onnxruntime", "openvino", "nncf", "llama-cpp-py
 def main() -> None:
     options = arguments()
     works = chosen(options.works)
-    limits = measured_limits(options.threads)
+    limits = measured_limits(options.threads, options.lock)
     missing = {maker.name: maker.missing() for maker in MAKERS if maker.missing()}
     for name, packages in missing.items():
         print(f"missing: {name} (needs {', '.join(packages)})")
@@ -94,13 +94,15 @@ def attempt(
         return [json.loads(line) for line in events.read_text().splitlines()] if events.exists() else [], code
 
 
-def measured_limits(threads: int) -> Any:
+def measured_limits(threads: int, lock: str) -> Any:
     """None where there is no C compiler to measure with."""
-    try:
-        from sylvester.backends.limits import measure
+    from sylvester.backends.limits import measure
+    from sylvester.compiler.errors import CompileError
 
-        return measure(threads)
-    except Exception as problem:
+    try:
+        with locked(lock):
+            return measure(threads)
+    except CompileError as problem:
         print(f"no limits: {problem}")
         return None
 
