@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar
 
 from sylvester.compiler.ledger import Fusion
@@ -24,6 +25,8 @@ class Backend(ABC):
     """What the last build has to say in the ledger."""
     fusions: Sequence[Fusion] = ()
     """What the kernels of the last build do together."""
+    facts: Mapping[str, object] = MappingProxyType({})
+    """Numbers of the last build for the report, by topic."""
 
     @abstractmethod
     def build(self, program: Program, target: Target, folder: Path, progress: Progress) -> Manifest:

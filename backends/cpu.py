@@ -12,6 +12,7 @@ import torch
 from sylvester.backends.base import Backend
 from sylvester.backends.identity import identity
 from sylvester.backends.kernel_table import write_table
+from sylvester.backends.memory_plan import memory_plan
 from sylvester.backends.packed_weights import stored_tensors
 from sylvester.backends.signature import manifest
 from sylvester.backends.tensor_writer import write_tensors
@@ -40,9 +41,14 @@ class Cpu(Backend):
         _require_float32(program)
         compiler = find_compiler(architecture=target.architecture)
         compiled = compile_program(program)
+        names = {entry: [use.name for use in uses] for entry, uses in compiled.weights.items()}
+        made, stored = manifest(program, target, weights=names), stored_tensors(program, compiled.weights)
+        plan = memory_plan(program, made, stored, compiled.unit.arenas)
+        progress(plan.notes()[0], 0, 1)
         isas = variants(compiled.unit.formats, target.architecture, target.isas)
         tuning = tune(compiled.problems, isas, target, compiler, seconds=target.tune, progress=progress)
-        isas, self.notes, self.fusions = tuning.isas, tuning.notes, compiled.fusions
+        isas, self.notes, self.fusions = tuning.isas, [*plan.notes(), *tuning.notes], compiled.fusions
+        self.facts = {"memory": plan.to_dict()}
         progress("compile", 0, len(isas))
         with ThreadPoolExecutor(knobs.threads()) as pool:
             jobs = [
@@ -52,7 +58,7 @@ class Cpu(Backend):
                 for isa in isas
             ]
             try:
-                write_tensors(folder / "weights.safetensors", stored_tensors(program, compiled.weights))
+                write_tensors(folder / "weights.safetensors", stored)
                 for done, job in enumerate(jobs):
                     job.result()
                     progress("compile", done + 1, len(isas))
@@ -61,9 +67,7 @@ class Cpu(Backend):
                 raise
         write_table(folder, compiled.unit.costs)
         write_problems(folder, compiled.problems, tuning)
-        names = {entry: [use.name for use in uses] for entry, uses in compiled.weights.items()}
-        made = manifest(program, target, isas=[isa.name for isa in isas], weights=names)
-        return replace(made, arch=target.architecture)
+        return replace(made, isas=tuple(isa.name for isa in isas), arch=target.architecture)
 
 
 def _require_float32(program: Program) -> None:

@@ -75,8 +75,12 @@ class Race:
         return best if self.ratio(best) < 1 - self.margin(best) else self.default
 
     def ratio(self, candidate: Candidate) -> float:
-        """Time of a candidate as a part of the default's: the median's or the fast runs', whichever is worse."""
-        mine, base = self.standings[candidate], self.standings[self.default]
+        """Time of a candidate as a part of the default's: the median's or the fast runs', whichever is worse.
+
+        Runs of the default count up to the round in which the candidate was dropped.
+        """
+        mine, whole = self.standings[candidate], self.standings[self.default]
+        base = Standing(whole.samples[: len(mine.samples)])
         if not (mine.samples and base.samples):
             return 1.0
         return max(mine.median / max(base.median, 1), mine.fast / max(base.fast, 1))

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from sylvester.backends.memory import LINE, available
+import numpy as np
+
+from sylvester.backends.memory import available
 from sylvester.backends.tensor_writer import Deferred
-from sylvester.codegen.index import Atom, Index, Size, index
-from sylvester.compiler.cost import hint
+from sylvester.codegen.plan import Arena
+from sylvester.compiler.binding import DTYPES
 from sylvester.compiler.manifest import EntrySpec, Manifest
-from sylvester.compiler.program import Program, value
+from sylvester.compiler.program import Program
 from sylvester.compiler.sizes import evaluate
 
-WORKING = 40_000_000
+WORKING = 30_000_000
 """What compiling takes for pieces of weights and for graphs, the C compiler's own processes aside."""
 PROCESS = 45_000_000
 """A process that has loaded numpy, the runtime and the code."""
-Slots = Sequence[Sequence[Index]]
-Sizes = Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes. `arena` holds activations at the example sizes, `longest_arena` at the longest sequence.
+    """Bytes. `compiling` counts what is added to the model given, `running` a whole process.
 
-    `compiling` counts what is added to the model given; `running` a whole process, at the example sizes.
+    `arena` holds activations, `state` the caches of one call; `longest_` stands for the longest sequence, the other
+    numbers for the example inputs.
     """
 
     compiling: int
@@ -33,72 +35,71 @@ class MemoryPlan:
     arena: int
     longest_arena: int
     state: int
-    running: int
-    longest_running: int
+
+    @property
+    def running(self) -> int:
+        return PROCESS + self.weights + self.arena + self.state
+
+    @property
+    def longest_running(self) -> int:
+        return PROCESS + self.weights + self.longest_arena + self.state
 
     def notes(self) -> list[str]:
-        """Lines for the ledger; one more where this machine has less memory free."""
+        """Lines for the ledger; one more for what this machine has no room for."""
+        parts = f"weights {_mb(self.weights)}, arena {_mb(self.arena)}, state {_mb(self.state)}"
         told = [
-            f"memory while compiling: {_mb(self.compiling)} on top of the model",
-            f"memory while running: {_mb(self.running)}, of it weights {_mb(self.weights)}, arena {_mb(self.arena)}, "
-            f"state {_mb(self.state)}; at the longest sequence {_mb(self.longest_running)}",
+            f"memory: compiling takes {_mb(self.compiling)} on top of the model, running {_mb(self.running)} ({parts}), "
+            f"at the longest sequence {_mb(self.longest_running)}"
         ]
         free = available()
-        needs = {"compiling": self.compiling, "running": self.longest_running}
-        short = [f"{work} needs {_mb(need)}, {_mb(free)} are free on this machine" for work, need in needs.items() if need > free]
-        return told + short
+        needs = {"compiling": self.compiling, "running at the longest sequence": self.longest_running}
+        return told + [
+            f"memory is short: {work} takes {_mb(need)}, this machine has {_mb(free)} free"
+            for work, need in needs.items()
+            if need > free
+        ]
 
     def to_dict(self) -> dict[str, int]:
-        return asdict(self)
+        return {**asdict(self), "running": self.running, "longest_running": self.longest_running}
 
 
 def memory_plan(
-    program: Program, manifest: Manifest, stored: Mapping[str, Deferred], arenas: Mapping[str, Slots]
+    program: Program, manifest: Manifest, stored: Mapping[str, Deferred], arenas: Mapping[str, Arena]
 ) -> MemoryPlan:
-    """`arenas`: per entry the sizes of the buffers in each slot. State is that of one call at the example batch."""
-    weights = sum(tensor.nbytes for tensor in stored.values())
-    given = {name: example_sizes(program, name) for name in manifest.entries}
-    longest = {name: given[name] | _longest(spec) for name, spec in manifest.entries.items()}
-    arena, longest_arena = (_largest_arena(arenas, sizes) for sizes in (given, longest))
-    state = max((_state(manifest, spec, longest[name]) for name, spec in manifest.entries.items()), default=0)
-    fixed = PROCESS + weights + state
+    """Entries share one arena, and the state of a call serves all of them."""
+    given = {name: {size.name: n for size, n in arena.hints.items()} for name, arena in arenas.items()}
+    longest = {name: given[name] | _longest(manifest.entries[name]) for name in arenas}
+    arena, longest_arena = (
+        max((arenas[name].nbytes(sizes[name]) for name in arenas), default=0) for sizes in (given, longest)
+    )
     return MemoryPlan(
-        compiling=WORKING + _made(program) + _largest_whole(stored.values()),
-        weights=weights,
+        compiling=WORKING + _made(program),
+        weights=sum(tensor.nbytes for tensor in stored.values()),
         arena=arena,
         longest_arena=longest_arena,
-        state=state,
-        running=fixed + arena,
-        longest_running=fixed + longest_arena,
+        state=max((_state(manifest, name, longest[name]) for name in arenas), default=0),
     )
-
-
-def example_sizes(program: Program, entry: str) -> dict[str, int]:
-    """The symbols in the shapes of an entry's inputs and state, at its example."""
-    found = {}
-    for node in program.entries[entry].placeholders():
-        for size in value(node).shape:
-            if not isinstance(size, int):
-                found |= {str(s): hint_of(size, s) for s in size.node.expr.free_symbols}
-    return found
-
-
-def hint_of(size: object, symbol: object) -> int:
-    """The example value of one symbol of a size."""
-    expression = size.node.expr  # type: ignore[attr-defined]
-    return hint(size) if expression == symbol else int(size.node.shape_env.var_to_val[symbol])  # type: ignore[attr-defined]
 
 
 def _longest(spec: EntrySpec) -> dict[str, int]:
     return {symbol.name: symbol.max for symbol in spec.symbols if symbol.max is not None}
 
 
-def _largest_arena(arenas: Mapping[str, Slots], sizes: Mapping[str, Sizes]) -> int:
-    """Entries share one arena."""
-    return max((sum(_slot(slot, sizes[name]) for slot in slots) for name, slots in arenas.items()), default=0)
+def _state(manifest: Manifest, entry: str, sizes: Mapping[str, int]) -> int:
+    slots = [manifest.state[name] for name in manifest.entries[entry].states]
+    return sum(math.prod(evaluate(n, sizes) for n in slot.shape) * _width(slot.dtype) for slot in slots)
 
 
-def _slot(buffers: Sequence[Index], sizes: Sizes) -> int:
-    values: dict[Atom, Index] = {Size(name): index(n) for name, n in sizes.items()}
-    largest = max(buffer.substitute(values).constant or 0 for buffer in buffers)
-    return -(-largest // LINE) * LINE
+def _width(dtype: str) -> int:
+    return np.dtype(DTYPES.get(dtype, dtype)).itemsize
+
+
+def _made(program: Program) -> int:
+    """Bytes of the weights that passes made; a transposed one is a view of what the model holds."""
+    held = set(program.info.get("captured", program.weights))
+    made = [tensor for key, tensor in program.weights.items() if key not in held]
+    return sum(tensor.nbytes for tensor in made if tensor.is_contiguous())
+
+
+def _mb(nbytes: float) -> str:
+    return f"{nbytes / 1e6:.1f} MB"

@@ -57,4 +57,3 @@ def array(weight: Tensor) -> NDArray[Any]:
     """The values in numpy; bfloat16 as its bits."""
     plain = weight.detach().contiguous()
     return plain.view(torch.int16).numpy().view(np.uint16) if plain.dtype == torch.bfloat16 else plain.numpy()
-

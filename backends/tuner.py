@@ -89,7 +89,7 @@ class Tuner:
 
     def _finished(self, problem: Problem) -> bool:
         entry = self.database.look_up(self.setting.key(problem))
-        return entry is not None and resumed(entry, family_of(problem).space.candidates).finished
+        return entry is not None and resumed(entry, family_of(problem).space(self.setting.isa).candidates).finished
 
     def _race(self, problem: Problem, libraries: Mapping[Candidate, Library], deadline: float) -> None:
         with closing(Bench(libraries, family_of(problem), problem, self.setting.threads)) as bench:
@@ -101,7 +101,7 @@ class Tuner:
         """All candidates, or nothing when the time does not allow to build them."""
         if of not in self._libraries:
             with ThreadPoolExecutor(BUILDERS) as pool:
-                jobs = {c: pool.submit(self._build_before, end, of, c) for c in of.space.candidates}
+                jobs = {c: pool.submit(self._build_before, end, of, c) for c in of.space(self.setting.isa).candidates}
                 try:
                     built = {c: library for c, job in jobs.items() if (library := job.result()) is not None}
                 except BaseException:

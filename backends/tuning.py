@@ -49,11 +49,15 @@ class Tuning:
 
     @property
     def notes(self) -> list[str]:
-        """Lines for the ledger."""
+        """Lines for the ledger; of what is not known, the first reason."""
+        known = [f.text for f in self.findings if f.entry is not None]
+        unknown = [f.text for f in self.findings if f.entry is None]
+        if unknown:
+            known.append(f"{len(unknown)} of {len(self.findings)} kernels are not tuned; {unknown[0]}")
         built = [
             f"{isa.name} built with {' '.join(f'{n}={v}' for n, v in isa.macros)}" for isa in self.isas if isa.macros
         ]
-        return [f"tuning: {line}" for line in (*(f.text for f in self.findings), *self.remarks, *built)]
+        return [f"tuning: {line}" for line in (*known, *self.remarks, *built)]
 
 
 def tune(
@@ -79,7 +83,7 @@ def tune(
                 with Tuner(Setting(best, threads, compiler), database, progress) as tuner:
                     measured = tuner.tune(_total(problems), seconds)
             chosen = [_choose(problems, Setting(isa, threads, compiler), database) for isa in isas]
-            told = best or max(isas, key=lambda i: i.level)
+            told = best or _known_variant(problems, [Setting(isa, threads, compiler) for isa in isas], database)
             findings = _findings(problems, Setting(told, threads, compiler), database, measured)
     except DatabaseError as error:
         if seconds is not None:
@@ -101,6 +105,14 @@ def runnable(isas: Sequence[Isa], target: Target, compiler: Compiler) -> Isa:
     fit = [isa for isa in isas if isa.level <= level]
     forced = [isa for isa in fit if isa.name == knobs.ISA.get()]
     return (forced or fit)[-1]
+
+
+def _known_variant(problems: Problems, settings: Sequence[Setting], database: Database) -> Isa:
+    """The highest variant that the database knows a problem for, else the highest."""
+    for setting in reversed(settings):
+        if any(database.look_up(setting.key(problem)) for problem in _total(problems)):
+            return setting.isa
+    return settings[-1].isa
 
 
 def _total(problems: Problems) -> dict[Problem, int]:

@@ -24,6 +24,7 @@ MOST_COLD_BYTES = 256 << 20
 SAFE_BYTES = (0x3C, 0x3D, 0xBC, 0xBD)
 """Small finite numbers in every weight format: as float32 or bfloat16 at most 0.13 in size, any integer is one."""
 TOLERANCE = 1e-3
+SHORT_NS, LONGEST_BATCH = 100_000, 16
 
 
 class WrongCandidate(CompileError):
@@ -59,7 +60,7 @@ class Bench:
         self.cold = aligned_empty((self._copies * self._stride,), "uint8")
         self.cold.reshape(self._copies, self._stride)[:] = _filled(self._stride, rng)
         self._pointers = (ctypes.c_void_p * len(self.operands))(*[o.ctypes.data for o in self.operands])
-        self._next = 0
+        self._next, self._batch = 0, 1
         self._team = self._first.sv_team_new(threads)
         if not self._team:
             raise CompileError(f"cannot start {threads} threads for tuning")
@@ -68,12 +69,17 @@ class Bench:
         self._first.sv_team_free(self._team)
 
     def measure(self, candidate: Candidate, runs: int) -> list[int]:
-        """Nanoseconds of each run, from when the one before was done; one run ahead of them brings in the code."""
-        return np.diff(self._run(candidate, runs + 1)).tolist()  # type: ignore[no-any-return]
+        """Nanoseconds of each run, from when the one before was done; one run ahead of them brings in the code.
+
+        Of a short kernel each is the mean of several.
+        """
+        ends = self._run(candidate, runs * self._batch + 1)
+        return [int(ns) for ns in np.diff(ends).reshape(runs, self._batch).mean(1)]
 
     def check(self) -> None:
         """Every candidate must agree with the first, up to the order of its sums."""
         expected = None
+        self._batch = min(LONGEST_BATCH, max(1, SHORT_NS // max(1, min(self.measure(next(iter(self._libraries)), 3)))))
         for candidate in self._libraries:
             result = self._result(candidate)
             expected = result if expected is None else expected

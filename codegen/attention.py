@@ -29,7 +29,7 @@ SPLIT_ROWS = 512
 class Tuning:
     """What a tuner may vary; the defaults are good for head sizes of 32 to 128."""
 
-    blocks: int = 16
+    blocks: int = 24
     """Row blocks in the largest tile."""
     keys: int = 256
     """Keys per step of the running maximum, a multiple of 32."""

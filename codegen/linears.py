@@ -9,13 +9,13 @@ from torch import fx
 
 from sylvester.codegen.elementwise import call, pointwise
 from sylvester.codegen.families import collapsed, matmul
+from sylvester.codegen.formats import panel_bytes
 from sylvester.codegen.index import Index, index, product
 from sylvester.codegen.layout import F32, PANEL, Layout
 from sylvester.codegen.lazy import Buffer, Lazy, Linear, Pointer, RowNorm, Shape, as_strided, of_buffer
 from sylvester.codegen.linear import FEW_ROWS, record_bytes
 from sylvester.codegen.linear_groups import LinearGroup, bias_of
 from sylvester.codegen.lowering import Fact, Lowering, lowers, origin
-from sylvester.codegen.formats import panel_bytes
 from sylvester.codegen.shapes import shape_of
 from sylvester.compiler.errors import Unsupported
 from sylvester.compiler.program import binding, value
@@ -62,8 +62,7 @@ def lower_group(lowering: Lowering, group: LinearGroup) -> dict[fx.Node, Lazy]:
         return {node: of_buffer(b) for node, b in zip(group.nodes, outputs, strict=True)}
     starts = accumulate(widths[:-1], initial=0)
     return {
-        node: _columns(outputs[0], start, width)
-        for node, start, width in zip(group.nodes, starts, widths, strict=True)
+        node: _columns(outputs[0], start, width) for node, start, width in zip(group.nodes, starts, widths, strict=True)
     }
 
 

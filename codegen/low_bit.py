@@ -28,10 +28,10 @@ def dequantize_w8(lowering: Lowering, fact: Fact, weight: Lazy, scales: Lazy) ->
         return _product(fact, lambda i: cast(weight.load(i), "f32"), lambda i: scales.load([i[0], i[1] // size]))
 
     def number(i: Indices) -> Expr:
-        return _centred(Load(buffer.name, quantized.place_q8(*i, k, group), "u8"), 128)
+        return _centred(Load(buffer.name, quantized.place_q8(i[0], i[1], k, group), "u8"), 128)
 
     def scale(i: Indices) -> Expr:
-        place = quantized.scale_place_q8(*i, k, group)
+        place = quantized.scale_place_q8(i[0], i[1], k, group)
         return _half(buffer, place) if group else _single(buffer, place)
 
     return _product(fact, number, scale)
@@ -50,10 +50,10 @@ def dequantize_w4(lowering: Lowering, fact: Fact, weight: Lazy, scales: Lazy) ->
         )
 
     def number(i: Indices) -> Expr:
-        place, shift = quantized.place_q4(*i, k, group)
+        place, shift = quantized.place_q4(i[0], i[1], k, group)
         return _nibble(Load(buffer.name, place, "u8"), shift)
 
-    return _product(fact, number, lambda i: _half(buffer, quantized.scale_place_q4(*i, k, group)))
+    return _product(fact, number, lambda i: _half(buffer, quantized.scale_place_q4(i[0], i[1], k, group)))
 
 
 @lowers(dialect.widen_bf16.default, bf16=True)
@@ -61,8 +61,8 @@ def widen_bf16(lowering: Lowering, fact: Fact, weight: Lazy) -> Lazy:
     """bfloat16 weights as float32, from the panels of a linear layer or as they are."""
     (buffer, group), k = _stored(lowering, weight), fact.shape[-1]
     if group is None:
-        return Lazy(fact.shape, "f32", lambda i: cast(weight.load(i), "f32"))
-    return Lazy(fact.shape, "f32", lambda i: _half(buffer, bfloat16.offset_bf16(*i, k) * 2))
+        return Lazy(fact.shape, "f32", lambda i: _widened(weight.load(i)))
+    return Lazy(fact.shape, "f32", lambda i: _half(buffer, bfloat16.offset_bf16(i[0], i[1], k) * 2))
 
 
 def _stored(lowering: Lowering, weight: Lazy) -> tuple[Buffer, int | None]:
@@ -103,3 +103,10 @@ def _half(buffer: Buffer, place: Index) -> Expr:
 def _single(buffer: Buffer, place: Index) -> Expr:
     """The float32 whose bytes start at `place`."""
     return call("f32_bytes", *(Load(buffer.name, place + n, "u8") for n in range(4)), dtype="f32")
+
+
+def _widened(half: Expr) -> Expr:
+    """A bfloat16 element, which C holds as an integer."""
+    bits = cast(half, "i64")
+    low, high = call("and", bits, Constant(255, "i64")), call("shr", bits, Constant(8, "i64"))
+    return call("bf16_bytes", low, high, dtype="f32")

@@ -9,17 +9,31 @@ from sylvester.codegen.attention import attention_header
 from sylvester.codegen.costs import Cost, cost
 from sylvester.codegen.emit_loops import LoopFunction, emit, private_buffers
 from sylvester.codegen.formats import format_headers
-from sylvester.codegen.index import Index, Size, c_text
+from sylvester.codegen.index import Atom, Index, Size, c_text, index
 from sylvester.codegen.isa import Isa
 from sylvester.codegen.layout import FormatName
 from sylvester.codegen.lazy import POSITION, Buffer, Plan, Pointer
-from sylvester.codegen.memory import Slot, assign, lifetimes
+from sylvester.codegen.memory import ALIGNMENT, Slot, assign, lifetimes
 from sylvester.codegen.prelude import prelude, render
 from sylvester.codegen.scalar import C_TYPES
 from sylvester.codegen.schedule import ExternCall, Kernel, LoopNest, schedule
 
 ABI = 2
 """Version of the calling convention of the exported functions; the loader checks it."""
+
+
+@dataclass(frozen=True)
+class Arena:
+    """The buffers of each slot of an entry by size, and example values of the symbols in them."""
+
+    slots: tuple[tuple[Index, ...], ...]
+    hints: Mapping[Size, int]
+
+    def nbytes(self, sizes: Mapping[str, int]) -> int:
+        """Bytes at these sizes, by symbol."""
+        values: dict[Atom, Index] = {Size(name): index(n) for name, n in sizes.items()}
+        largest = [max(size.substitute(values).constant or 0 for size in slot) for slot in self.slots]
+        return sum(-(-n // ALIGNMENT) * ALIGNMENT for n in largest)
 
 
 @dataclass
@@ -33,12 +47,14 @@ class Unit:
     plans: list[str] = field(default_factory=list)
     costs: dict[str, tuple[Cost, ...]] = field(default_factory=dict)
     """Of the kernels of every entry, in the order of the plan."""
+    arenas: dict[str, Arena] = field(default_factory=dict)
 
     def add(self, plan: Plan, outputs: Sequence[Buffer], hints: Mapping[Size, int]) -> None:
         """Schedule an entry and append its plan."""
         entry = _Entry(self, plan, outputs, hints)
         self.plans.append(entry.text())
         self.costs[plan.name] = entry.costs
+        self.arenas[plan.name] = Arena(tuple(tuple(slot.sizes) for slot in entry.slots), dict(hints))
 
     def function(self, text: str) -> str:
         """The name of the function with this text; equal text is emitted once."""

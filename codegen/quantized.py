@@ -9,7 +9,7 @@ symbols.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,22 +23,21 @@ Bytes = npt.NDArray[np.uint8]
 _ZERO_Q8 = 128
 _SCALES = 2 * PANEL
 """Bytes of one group's scales."""
-_Integer = TypeVar("_Integer", bound=Any)
 
 
-def panel_bytes_q8(k: _Integer, group: int) -> _Integer:
+def panel_bytes_q8(k: Any, group: int) -> Any:
     """Bytes of one panel of q8."""
     if group:
         return k // group * (_SCALES + PANEL * group)
     return (k + 3) // 4 * (4 * PANEL) + 4 * PANEL
 
 
-def panel_bytes_q4(k: _Integer, group: int) -> _Integer:
+def panel_bytes_q4(k: Any, group: int) -> Any:
     """Bytes of one panel of q4."""
     return k // group * (_SCALES + PANEL // 2 * group)
 
 
-def place_q8(row: _Integer, column: _Integer, k: _Integer, group: int) -> _Integer:
+def place_q8(row: Any, column: Any, k: Any, group: int) -> Any:
     """Byte of weight (row, column), stored as w + 128."""
     panel = row // PANEL * panel_bytes_q8(k, group)
     if not group:
@@ -47,7 +46,7 @@ def place_q8(row: _Integer, column: _Integer, k: _Integer, group: int) -> _Integ
     return panel + start + column % group // 4 * (4 * PANEL) + row % PANEL * 4 + column % 4
 
 
-def scale_place_q8(row: _Integer, column: _Integer, k: _Integer, group: int) -> _Integer:
+def scale_place_q8(row: Any, column: Any, k: Any, group: int) -> Any:
     """First byte of the scale of weight (row, column): float32 without groups, else bfloat16."""
     panel = row // PANEL * panel_bytes_q8(k, group)
     if not group:
@@ -55,13 +54,13 @@ def scale_place_q8(row: _Integer, column: _Integer, k: _Integer, group: int) -> 
     return panel + column // group * (_SCALES + PANEL * group) + row % PANEL * 2
 
 
-def place_q4(row: _Integer, column: _Integer, k: _Integer, group: int) -> tuple[_Integer, _Integer]:
+def place_q4(row: Any, column: Any, k: Any, group: int) -> tuple[Any, Any]:
     """Byte of weight (row, column) and the shift (0 or 4) of its nibble w + 8 in it."""
     start = row // PANEL * panel_bytes_q4(k, group) + column // group * (_SCALES + PANEL // 2 * group) + _SCALES
     return start + column % group // 4 * (2 * PANEL) + row % (PANEL // 2) * 4 + column % 4, row % PANEL // 16 * 4
 
 
-def scale_place_q4(row: _Integer, column: _Integer, k: _Integer, group: int) -> _Integer:
+def scale_place_q4(row: Any, column: Any, k: Any, group: int) -> Any:
     """First byte of the bfloat16 scale of weight (row, column)."""
     return row // PANEL * panel_bytes_q4(k, group) + column // group * (_SCALES + PANEL // 2 * group) + row % PANEL * 2
 
@@ -101,7 +100,7 @@ def _group(n: int, k: int, scales: npt.NDArray[np.float32], *, whole: bool) -> i
     """The group size that `scales` stands for; 0 when it has one column and `whole` rows are allowed."""
     if scales.ndim != 2 or scales.dtype != np.float32 or scales.shape[0] != n:
         raise ValueError(f"scales are float32 [{n}, groups], got {scales.dtype} {scales.shape}")
-    groups = scales.shape[1]
+    groups: int = scales.shape[1]
     if whole and groups == 1:
         return 0
     if groups == 0 or k % groups or k // groups not in GROUPS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sylvester.codegen.index import Index, Loaded, Var, atom
-from sylvester.codegen.lazy import Extern, Linear, Reduce, Shape, Step, Store
+from sylvester.codegen.lazy import Extern, Linear, Reduce, Shape, Step
 from sylvester.codegen.scalar import Call, Expr, IndexValue, Load
 
 

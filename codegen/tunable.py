@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from hashlib import sha256
 from itertools import chain
 from typing import cast
@@ -23,17 +23,14 @@ Choices = tuple[Mapping[str, int], ...]
 
 LINEAR_CHOICES: dict[str, tuple[Choices, ...]] = {
     "f32": (({"SV_KC": 256}, {"SV_KC": 512}, {"SV_KC": 768}, {"SV_A_FLOATS": 1 << 16}, {"SV_A_FLOATS": 1 << 18}),),
-    "bf16": (
-        ({"SV_BF16_KC": 512}, {"SV_BF16_KC": 2048}),
-        ({"SV_BF16_AHEAD": 0}, {"SV_BF16_AHEAD": 2048}, {"SV_BF16_AHEAD": 4096}),
-    ),
+    "bf16": (({"SV_BF16_KC": 512}, {"SV_BF16_KC": 2048}), ({"SV_BF16_AHEAD": 0}, {"SV_BF16_AHEAD": 1024})),
     "q8": (
-        ({"SV_Q8_ROWS": 4, "SV_Q8_GROUPED_ROWS": 4}, {"SV_Q8_ROWS": 6, "SV_Q8_GROUPED_ROWS": 6}, {"SV_Q8_ROWS": 8}),
-        ({"SV_Q8_AHEAD": 0}, {"SV_Q8_AHEAD": 2048}, {"SV_Q8_AHEAD": 4096}),
+        ({"SV_Q8_ROWS": 4, "SV_Q8_GROUPED_ROWS": 4}, {"SV_Q8_ROWS": 8, "SV_Q8_GROUPED_ROWS": 8}),
+        ({"SV_Q8_AHEAD": 0}, {"SV_Q8_AHEAD": 1024}, {"SV_Q8_AHEAD": 8192}),
     ),
     "q4": (
-        ({"SV_Q4_ROWS": 4}, {"SV_Q4_ROWS": 6}, {"SV_Q4_ROWS": 8}),
-        ({"SV_Q4_AHEAD": 0}, {"SV_Q4_AHEAD": 2048}, {"SV_Q4_AHEAD": 4096}),
+        ({"SV_Q4_ROWS": 4}, {"SV_Q4_ROWS": 8}, {"SV_Q4_ROWS": 12}),
+        ({"SV_Q4_AHEAD": 0}, {"SV_Q4_AHEAD": 1024}, {"SV_Q4_AHEAD": 4096}),
     ),
 }
 """Per weight format; macros that other kernels read as well are not in it."""
@@ -41,6 +38,7 @@ ATTENTION_CHOICES: tuple[Choices, ...] = (
     ({"SV_ATT_BLOCKS": 8}, {"SV_ATT_BLOCKS": 32}, {"SV_ATT_KEYS": 512}),
     ({"SV_ATT_SPLIT": 128}, {"SV_ATT_FEW": 4}),
 )
+TILE_ROWS = ("SV_Q8_ROWS", "SV_Q8_GROUPED_ROWS", "SV_Q4_ROWS")
 FLOPS, BYTES = 60e9, 20e9
 """Rates of a thread that time is shared by before anything is measured."""
 
@@ -61,10 +59,10 @@ class Family:
     bytes: tuple[str, ...]
     choices: tuple[Choices, ...]
 
-    @cached_property
-    def space(self) -> Space:
-        """The default first."""
-        return Space.of(f"{self.name} {self.format}", *chain.from_iterable(self.choices))
+    def space(self, isa: Isa) -> Space:
+        """The default first; without tiles of more rows than the variant has micro-kernels for."""
+        tried = (c for c in chain.from_iterable(self.choices) if all(c.get(n, 0) <= isa.gemm_rows for n in TILE_ROWS))
+        return Space.of(f"{self.name} {self.format}", *tried)
 
     def source(self, isa: Isa, candidate: Candidate) -> str:
         """The translation unit that times one candidate."""
@@ -74,7 +72,7 @@ class Family:
     @cache  # noqa: B019  (a family lives as long as the process)
     def kernel_hash(self, isa: Isa) -> str:
         """Changes with the text of the default candidate."""
-        return sha256(self.source(isa, self.space.default).encode()).hexdigest()[:16]
+        return sha256(self.source(isa, Candidate()).encode()).hexdigest()[:16]
 
 
 @cache

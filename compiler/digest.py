@@ -28,8 +28,6 @@ NOT_CODE = {"__dict__", "__weakref__", "__doc__", "__module__", "__firstlineno__
 NOT_CODE |= {"__annotations__", "__annotate__", "__annotate_func__", "__abstractmethods__", "_abc_impl"}
 SALTED = {"_original_object_hash"}
 """transformers keeps `hash()` of some attributes beside them: another number in every process."""
-IN_PYTHON = 1 << 9
-"""Flag of classes made by Python code; those made in C may hold what their attributes do not show."""
 
 
 class Opaque(Exception):
@@ -86,6 +84,7 @@ class Digest:
 
     def _add_collection(self, value: Any) -> None:
         self.text(type(value).__qualname__, str(len(value)))
+        self.add(getattr(value, "default_factory", None))
         if isinstance(value, Mapping):
             value = [part for item in value.items() for part in item]
         elif isinstance(value, Set):
@@ -118,8 +117,7 @@ class Digest:
 
     def _add_attributes(self, value: Any) -> None:
         bases = type(value).__mro__[:-1]
-        foreign = [base for base in bases if not base.__flags__ & IN_PYTHON and base is not dict]
-        if foreign:
+        if not all(_shows_all(base) for base in bases):
             raise Opaque(f"a value of type {type(value).__module__}.{type(value).__qualname__}")
         self.add(type(value))
         slots = [name for base in bases for name in vars(base).get("__slots__", ()) if hasattr(value, name)]
@@ -181,6 +179,11 @@ class Digest:
         for name in names:
             if hasattr(value, name):
                 self.add(getattr(value, name))
+
+
+def _shows_all(base: type) -> bool:
+    """Whether instances hold nothing but attributes (and the items of a dict); classes made in C may hold more."""
+    return base is dict or any({"__dict__", "__slots__"} & vars(made).keys() for made in base.__mro__[:-1])
 
 
 def _contents(cell: types.CellType) -> Any:

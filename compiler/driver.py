@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +88,8 @@ def compile(
         _add_tokenizer(program, folder)
         notes = [*program.info.get("notes", []), *getattr(backend, "notes", ()), *key.notes]
         fusions = list(getattr(backend, "fusions", ()))
-        _write_report(folder, Ledger(raised.rows + rewritten.rows, notes, fusions))
+        facts = getattr(backend, "facts", {})
+        _write_report(folder, Ledger(raised.rows + rewritten.rows, notes, fusions), facts)
         replace(manifest, passes=tuple(str(step) for step in steps)).seal(folder)
         compile_cache.keep(key, folder)
         return Compiled.owning(folder, threads=threads)
@@ -105,6 +106,7 @@ def _trace(
     progress("trace", 0, 1)
     program = capture(model, example_inputs, dynamic=dynamic)
     progress("trace", 1, 1)
+    program.info["captured"] = list(program.weights)
     _limit_length(program, max_length)
     program, ledger = _rewrite(program, resolve_passes(RAISE), progress)
     return _derive(program, ledger, progress)
@@ -175,6 +177,6 @@ def _add_tokenizer(program: Program, folder: Path) -> None:
     shutil.copyfile(source, folder / TOKENIZER)
 
 
-def _write_report(folder: Path, ledger: Ledger) -> None:
-    report = {"ledger": {"rows": ledger.to_dict(), "fusions": ledger.fused(), "text": str(ledger)}}
+def _write_report(folder: Path, ledger: Ledger, facts: Mapping[str, object]) -> None:
+    report = {"ledger": {"rows": ledger.to_dict(), "fusions": ledger.fused(), "text": str(ledger)}, **facts}
     (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -19,20 +19,27 @@ def round_bf16(weight: Tensor) -> Tensor:
 
 def round_int8(weight: Tensor, group: int = 0) -> Rounded:
     """Numbers in [-127, 127] with scale max |w| / 127, of a whole row or of `group` columns, then held by bfloat16."""
-    return _by_rows(weight, lambda rows: _int8(rows, group))
+    columns = weight.shape[1]
+    return _by_rows(weight, lambda rows: _int8(rows, group), columns, columns // group if group else 1)
 
 
 def round_int4(weight: Tensor, group: int = 32) -> Rounded:
     """Numbers in [-8, 7], two to a byte: the largest of a group in magnitude is -8 times a scale of either sign."""
     if group not in GROUPS:
         raise ValueError(f"int4 has groups of {GROUPS}, found {group}")
-    return _by_rows(weight, lambda rows: _int4(rows, group))
+    columns = weight.shape[1]
+    return _by_rows(weight, lambda rows: _int4(rows, group), columns // 2, columns // group)
 
 
-def _by_rows(weight: Tensor, rounded: Callable[[Tensor], Rounded]) -> Rounded:
-    """Only one slice of rows has temporaries."""
-    numbers, scales = zip(*(rounded(rows.float()) for (rows,) in row_slices(weight)), strict=True)
-    return torch.cat(numbers), torch.cat(scales)
+def _by_rows(weight: Tensor, rounded: Callable[[Tensor], Rounded], columns: int, groups: int) -> Rounded:
+    """Only one slice of rows has temporaries, and the results are there before them: the heap stays in one piece."""
+    packed = torch.uint8 if columns < weight.shape[1] else torch.int8
+    numbers = torch.empty((len(weight), columns), dtype=packed)
+    scales = torch.empty((len(weight), groups), dtype=torch.float32)
+    for rows, *results in row_slices(weight, numbers, scales):
+        for result, values in zip(results, rounded(rows.float()), strict=True):
+            result.copy_(values)
+    return numbers, scales
 
 
 def _int8(rows: Tensor, group: int) -> Rounded:

@@ -62,11 +62,20 @@ def row_slices(weight: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(rows) for t in (weight, *others)), strict=True)
 
 
+def by_slices(x: Tensor, widen: Callable[..., Tensor], *stored: Tensor) -> Tensor:
+    """x W^T with some rows of W widened at a time; nothing made on the way outlives its slice."""
+    y = x.new_empty((*x.shape[:-1], stored[0].shape[0]))
+    start = 0
+    for parts in row_slices(*stored):
+        y[..., start : start + len(parts[0])] = F.linear(x, widen(*parts))
+        start += len(parts[0])
+    return y
+
+
 def _dynamic_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, widen: Widen) -> Tensor:
     """Rows are quantised, products of integers exact: float64 holds every sum for depths far above 16384."""
     numbers, scale = quantize_rows(x)
-    numbers, pairs = numbers.double(), row_slices(weight, scales.double())
-    y = torch.cat([F.linear(numbers, widen(w, s)) for w, s in pairs], -1) * scale.double()
+    y = by_slices(numbers.double(), widen, weight, scales.double()) * scale.double()
     return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -88,8 +97,7 @@ def _widen_w4(weight: Tensor, scales: Tensor) -> Tensor:
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias with x and weight [n, k] rounded to bfloat16, summed in float32, or in float64 for such an x."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rounded = x.to(BF16).to(wide)
-    y = torch.cat([F.linear(rounded, w.to(wide)) for (w,) in row_slices(weight)], -1)
+    y = by_slices(x.to(BF16).to(wide), lambda w: w.to(wide), weight)
     return (y if bias is None else y + bias).to(x.dtype)
 
 

@@ -235,8 +235,10 @@ def tune(
     if model is not None:
         names = [name.strip() for name in passes.split(",") if name.strip()]
         with watched(not as_json) as progress:
-            found = cli_tune.explained(model, names, threads) if explain else cli_tune.measure(
-                model, names, seconds, threads, progress
+            found = (
+                cli_tune.explained(model, names, threads)
+                if explain
+                else cli_tune.measure(model, names, seconds, threads, progress)
             )
         rows += found
     if export is not None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from hypothesis import settings
+
+from sylvester.compiler import knobs
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -61,3 +63,11 @@ def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
 def one_thread() -> None:
     """Test processes run side by side; more threads than cores would only slow them down."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compile_anew() -> Iterator[None]:
+    """Tests of the compiler must run it, whatever an earlier run has left in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(knobs.REUSE.name, "0")
+        yield

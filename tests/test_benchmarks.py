@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import xml.etree.ElementTree as xml
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks.drawing import Bar, bars
 from benchmarks.measure import Engine, Row, error, measure
+from benchmarks.suite import __main__ as suite
 from benchmarks.suite import report
 from benchmarks.suite.maker import MAKERS, plan
 from benchmarks.suite.works import FULL, chosen, find
@@ -103,3 +108,23 @@ def test_every_work_has_our_engine_and_a_peer_at_each_precision() -> None:
             assert len(names) > 1
     assert {maker.name for maker, _ in plan(DECODE, ("torch",))} == {"torch"}
     assert len({maker.build for maker in MAKERS}) == len(MAKERS)
+
+
+def test_an_engine_that_ends_the_process_is_charged_and_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    skipped: list[Any] = []
+
+    def attempt(work: object, options: object, skip: tuple[Any, ...], log: Path) -> tuple[list[dict[str, Any]], int]:
+        skipped.append(skip)
+        if not skip:
+            return [{"using": ["crashing", "fp32"]}], -11
+        return [{"using": ["exact", "fp32"]}, {"using": ["measuring", ""]}, {"row": asdict(ROWS[3])}], 0
+
+    monkeypatch.setattr(suite, "attempt", attempt)
+    first, second = suite.run(DECODE, argparse.Namespace(models=tmp_path))
+
+    assert first.engine == "crashing"
+    assert "code -11" in first.failure
+    assert second == ROWS[3]
+    assert skipped == [(), (("crashing", "fp32"),)]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from sylvester.codegen.isa import DOTPROD, NEON
-from sylvester.codegen.linear import record_bytes
 from sylvester.codegen.layout import Format
+from sylvester.codegen.linear import record_bytes
 from sylvester.codegen.prelude import render
 from sylvester.codegen.quantized import (
     pack_q4,

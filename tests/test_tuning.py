@@ -1,10 +1,10 @@
-"""Tuning: the race with a deterministic timer, the choice for a program, and one real run on a tiny problem."""
+"""Tuning: the choice for a program, real candidates on tiny problems, and what compiling takes from the database."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sylvester as sv
 from sylvester.backends import tuner as tuner_module
-from sylvester.backends.halving import BURST, FIRST_ROUND, MARGIN, Race, Standing
+from sylvester.backends.halving import FIRST_ROUND
 from sylvester.backends.toolchain import find_compiler
-from sylvester.backends.tuner import Setting, Tuner, run_race
+from sylvester.backends.tuner import Setting, Tuner
 from sylvester.backends.tuning import best_for_program, gain, read_problems, tune
 from sylvester.backends.tuning_bench import Bench, WrongCandidate, build
 from sylvester.backends.tuning_database import Database, Entry, Key, Time, default_path
@@ -27,137 +27,8 @@ from sylvester.codegen.tunable import family_of
 from sylvester.compiler.errors import CompileError, Unsupported
 from sylvester.compiler.target import Target
 
-KEY = Key("hash", "linear f32 1x32x32 f32", "cpu avx2", 2, "zig 1")
 TINY = Problem.linear("f32", 3, 40, 33)
-NAMES = [Candidate({"A": n}) for n in range(1, 8)]
-DEFAULT = Candidate()
-
-
-class Timer:
-    """Candidates take fixed times with a spread of 1 %; every measured nanosecond passes on the clock."""
-
-    def __init__(self, times: dict[Candidate, int], *, stop_after: int = 0) -> None:
-        self.times, self.now, self.runs, self.stop_after = times, 0, Counter(), stop_after
-
-    def measure(self, candidate: Candidate, runs: int) -> list[int]:
-        if self.stop_after and self.runs.total() >= self.stop_after:
-            raise KeyboardInterrupt
-        samples = [self.times[candidate] * (100 + (self.runs[candidate] + i) % 3 - 1) // 100 for i in range(runs)]
-        self.runs[candidate] += runs
-        self.now += sum(samples)
-        return samples
-
-    def spent(self, budget: float) -> Callable[[], bool]:
-        return lambda: self.now >= budget
-
-
-def times(**special: int) -> dict[Candidate, int]:
-    """10 us for the default, more and more for the others but those named, as A3=8000."""
-    slow = {c: 11_000 + 500 * n for n, c in enumerate(NAMES)}
-    return {DEFAULT: 10_000} | slow | {Candidate({"A": int(name[1:])}): ns for name, ns in special.items()}
-
-
-def race(timer: Timer, budget: float = 1e12) -> Race:
-    made = Race({c: Standing() for c in timer.times})
-    made.run(timer.measure, spent=timer.spent(budget), round_done=lambda: None)
-    return made
-
-
-def test_clear_winner_wins():
-    done = race(Timer(times(A3=8_000)))
-
-    assert done.finished
-    assert done.winner == Candidate({"A": 3})
-
-
-@pytest.mark.parametrize("ns", [9_800, 10_000, 10_300])
-def test_near_tie_keeps_the_default(ns):
-    done = race(Timer(times(A3=ns)))
-
-    assert done.finished
-    assert done.winner == DEFAULT
-
-
-def test_gain_must_exceed_the_spread_of_the_runs():
-    wild = [9_000, 4_000, 14_000, 6_000, 12_000, 10_500, 7_500, 8_000]
-    done = Race({DEFAULT: Standing([10_000] * 8), NAMES[0]: Standing(wild)})
-
-    assert done.margin(NAMES[0]) > 0.15 > MARGIN
-    assert done.winner == DEFAULT
-
-
-def test_slow_moments_of_the_machine_do_not_make_a_winner():
-    half_disturbed = [10_000] * 7 + [40_000] * 9
-    less_disturbed = [9_990] * 9 + [40_000] * 7
-    done = Race({DEFAULT: Standing(half_disturbed), NAMES[0]: Standing(less_disturbed)})
-
-    assert done.standings[NAMES[0]].median < done.standings[DEFAULT].median / 2
-    assert done.winner == DEFAULT
-
-
-def test_better_half_is_measured_longer():
-    timer = Timer(times(A3=8_000))
-    done = race(timer)
-
-    assert timer.runs[DEFAULT] == timer.runs[Candidate({"A": 3})] > 4 * FIRST_ROUND
-    assert timer.runs[NAMES[6]] == FIRST_ROUND
-    assert [c for c, s in done.standings.items() if not s.dropped] == [DEFAULT, Candidate({"A": 3})]
-
-
-def test_budget_is_respected():
-    timer = Timer(times(A3=8_000))
-    budget = 40 * 10_000
-    done = race(timer, budget)
-
-    assert not done.finished
-    assert timer.now <= budget + BURST * 15_000
-    assert timer.runs.total() < 60
-
-
-def test_no_time_at_all_keeps_the_default():
-    done = race(Timer(times(A3=1)), 0)
-
-    assert done.winner == DEFAULT
-    assert not done.finished
-
-
-def test_default_that_was_not_measured_is_kept():
-    assert Race({DEFAULT: Standing(), NAMES[0]: Standing([10] * 8)}).winner == DEFAULT
-
-
-def test_interrupt_leaves_what_was_measured_and_the_race_goes_on_from_there(tmp_path):
-    whole = Timer(times(A3=8_000))
-    race(whole)
-    with Database(tmp_path / "t.sqlite") as database:
-        first = Timer(times(A3=8_000), stop_after=whole.runs.total() // 2)
-        with pytest.raises(KeyboardInterrupt):
-            run_race(database, KEY, first.times, first.measure, spent=lambda: False)
-        kept = database.look_up(KEY)
-        assert kept is not None
-        assert not kept.finished
-        assert {name: len(t.samples) for name, t in kept.times.items()} == {str(c): n for c, n in first.runs.items()}
-
-        second = Timer(times(A3=8_000))
-        done = run_race(database, KEY, second.times, second.measure, spent=lambda: False)
-
-    assert done.finished
-    assert done.chosen == "A=3"
-    assert first.runs + second.runs == whole.runs
-
-
-def test_finished_race_is_not_run_again_but_new_candidates_are(tmp_path):
-    with Database(tmp_path / "t.sqlite") as database:
-        known = times()
-        run_race(database, KEY, known, Timer(known).measure, spent=lambda: False)
-        again = Timer(known)
-        run_race(database, KEY, known, again.measure, spent=lambda: False)
-        assert not again.runs
-
-        more = known | {Candidate({"B": 1}): 5_000}
-        timer = Timer(more)
-        assert run_race(database, KEY, more, timer.measure, spent=lambda: False).chosen == "B=1"
-
-    assert not timer.runs[NAMES[6]]
+DEFAULT, OTHER = Candidate(), Candidate({"A": 1})
 
 
 def entry(problem: Problem, chosen: str, **medians: int) -> Entry:
@@ -185,26 +56,26 @@ def test_program_takes_one_candidate_by_the_time_of_all_its_layers():
 def test_program_takes_choices_that_win_different_problems_together():
     one, many = Problem.linear("q4/32", 1, 64, 64), Problem.linear("q4/32", 256, 64, 64)
     known = {
-        one: entry(one, "SV_Q4_AHEAD=4096", default=100, SV_Q4_AHEAD_is_4096=90, SV_Q4_ROWS_is_6=102),
-        many: entry(many, "SV_Q4_ROWS=6", default=100, SV_Q4_AHEAD_is_4096=103, SV_Q4_ROWS_is_6=70),
+        one: entry(one, "SV_Q4_AHEAD=4096", default=100, SV_Q4_AHEAD_is_4096=90, SV_Q4_ROWS_is_8=102),
+        many: entry(many, "SV_Q4_ROWS=8", default=100, SV_Q4_AHEAD_is_4096=103, SV_Q4_ROWS_is_8=70),
     }
     of = family_of(one)
 
     chosen = [best_for_program(c, {"decode": {one: 1}, "prefill": {many: 1}}, known) for c in of.choices]
 
-    assert [str(c) for c in chosen] == ["SV_Q4_ROWS=6", "SV_Q4_AHEAD=4096"]
+    assert [str(c) for c in chosen] == ["SV_Q4_ROWS=8", "SV_Q4_AHEAD=4096"]
 
 
 def test_choice_that_costs_one_entry_more_than_it_gives_another_is_not_taken():
     one, many = Problem.linear("q4/32", 1, 64, 64), Problem.linear("q4/32", 256, 64, 64)
     known = {
-        one: entry(one, "SV_Q4_ROWS=6", default=100, SV_Q4_ROWS_is_6=80),
-        many: entry(many, "default", default=100, SV_Q4_ROWS_is_6=130),
+        one: entry(one, "SV_Q4_ROWS=8", default=100, SV_Q4_ROWS_is_8=80),
+        many: entry(many, "default", default=100, SV_Q4_ROWS_is_8=130),
     }
     of = family_of(one)
 
     assert best_for_program(of.choices[0], {"decode": {one: 1}, "prefill": {many: 1}}, known) == DEFAULT
-    assert str(best_for_program(of.choices[0], {"decode": {one: 1}}, known)) == "SV_Q4_ROWS=6"
+    assert str(best_for_program(of.choices[0], {"decode": {one: 1}}, known)) == "SV_Q4_ROWS=8"
 
 
 def test_gain_is_told_in_words():
@@ -226,6 +97,14 @@ def test_rows_come_in_classes():
     assert [row_class(m) for m in (1, 2, 8, 9, 63, 64, 512)] == [1, 4, 4, 32, 32, 256, 256]
 
 
+def test_tiles_fit_the_micro_kernels_of_the_variant():
+    of = family_of(Problem.linear("q4/32", 1, 32, 32))
+
+    assert Candidate({"SV_Q4_ROWS": 8}) in of.space(AVX512).candidates
+    assert Candidate({"SV_Q4_ROWS": 8}) not in of.space(SCALAR).candidates
+    assert of.space(SCALAR).default == DEFAULT
+
+
 def test_tuned_variant_renders_its_macros():
     tuned = AVX512.tuned({"SV_KC": 512, "SV_MR": 8})
 
@@ -245,7 +124,7 @@ def test_real_candidates_of_a_tiny_layer_agree_and_are_timed(tmp_path):
 
     assert found is not None
     assert found.finished
-    assert set(found.times) == {str(c) for c in family_of(TINY).space.candidates}
+    assert set(found.times) == {str(c) for c in family_of(TINY).space(SCALAR).candidates}
     assert all(len(t.samples) >= FIRST_ROUND and min(t.samples) > 0 for t in found.times.values())
     assert seen == [(f"tune {TINY}", 0, 1), ("tune", 1, 1)]
 
@@ -265,7 +144,7 @@ def test_real_candidates_of_a_tiny_layer_agree_and_are_timed(tmp_path):
 )
 def test_candidates_of_every_family_build_and_agree(problem, tmp_path):
     of, compiler = family_of(problem), find_compiler()
-    candidates = [DEFAULT, *(Candidate(c[-1]) for c in of.choices)]
+    candidates = [DEFAULT, *(Candidate(c[0]) for c in of.choices)]
 
     bench = Bench({c: build(of, SCALAR, c, tmp_path, compiler) for c in candidates}, of, problem, 2)
     with closing(bench):
@@ -324,7 +203,7 @@ def test_wrong_candidate_is_an_error(tmp_path):
     of, compiler = family_of(TINY), find_compiler()
     good = build(of, SCALAR, DEFAULT, tmp_path, compiler)
     narrow = Problem("linear", "f32", (3, 40, 20))
-    libraries = {DEFAULT: good, NAMES[0]: _Skewed(good)}
+    libraries = {DEFAULT: good, OTHER: _Skewed(good)}
     bench = Bench(libraries, of, narrow, 1)  # type: ignore[arg-type]
     with pytest.raises(WrongCandidate, match="A=1 of linear f32 3x40x20 f32 is off by"):
         bench.check()
@@ -386,6 +265,18 @@ def test_compile_tunes_within_seconds_and_the_artefact_knows_its_problems(own_ca
         assert "measured now" in str(compiled.ledger)
 
     assert read_problems(tmp_path / "saved") == {"forward": {TINY: 1}}
+
+
+def test_kernels_that_are_not_known_make_one_note(own_cache):
+    other = Problem.linear("f32", 3, 64, 33)
+    setting = Setting(SCALAR, 1, find_compiler())
+    with Database(own_cache) as database:
+        database.record(Entry(replace(setting.key(TINY), threads=7), "default", True, 0.03, {}))
+
+    found = tune({"forward": {TINY: 1, other: 1}}, (SCALAR,), Target(threads=1), find_compiler())
+
+    assert found.isas == (SCALAR,)
+    assert found.notes == [f"tuning: 2 of 2 kernels are not tuned; {TINY}: missed: other threads: 7, asked 1: default"]
 
 
 def test_database_is_ignored_when_the_switch_says_so(own_cache, monkeypatch):

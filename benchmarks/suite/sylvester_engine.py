@@ -41,7 +41,12 @@ def _zoo(task: Task) -> Callable[[], NDArray[Any]]:
 
     case = zoo.case(task.work.shape)
     compiled = sv.compile(case.model, dict(case.inputs), dynamic=case.dynamic, threads=task.threads)
-    return lambda: zoo.tensors(compiled(**case.inputs))[0].numpy()
+
+    def step() -> NDArray[Any]:
+        result = compiled(**case.inputs)
+        return zoo.tensors(dict(result) if isinstance(result, dict) else result)[0].numpy()
+
+    return step
 
 
 def encode_step(compiled: sv.Compiled, inputs: dict[str, Tensor]) -> Callable[[], NDArray[Any]]:
