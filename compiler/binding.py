@@ -66,10 +66,13 @@ def _checked(spec: TensorSpec, array: Any) -> NDArray[np.generic]:
         )
     wanted = DTYPES.get(spec.dtype, spec.dtype)
     if array.dtype != wanted:
-        hint = f"convert it with `.astype({spec.dtype!r})`"
+        hint = f"convert it with `.astype({spec.dtype!r})`, a tensor with `.to(torch.{spec.dtype})`"
         raise InputError(f"input {spec.name!r} has dtype {array.dtype}, expected {spec.dtype}", hint=hint)
     if array.ndim != len(spec.shape):
-        raise InputError(f"input {spec.name!r} has shape {list(array.shape)}, expected {shape_text(spec)}")
+        raise InputError(
+            f"input {spec.name!r} has shape {list(array.shape)}, expected {shape_text(spec)}",
+            hint=f"it has {array.ndim} dimensions, give {len(spec.shape)}; the first is usually the batch",
+        )
     return array
 
 
@@ -118,7 +121,10 @@ def _check_shape(spec: TensorSpec, shape: tuple[int, ...], values: Mapping[str, 
     if shape != expected:
         symbolic = any(isinstance(n, str) for n in spec.shape)
         form = f" ({shape_text(spec)})" if symbolic else ""
-        raise InputError(f"{spec.name!r} has shape {list(shape)}, expected {list(expected)}{form}")
+        raise InputError(
+            f"{spec.name!r} has shape {list(shape)}, expected {list(expected)}{form}",
+            hint="numbers are fixed, and equal names are equal sizes; compile with examples of other sizes to change them",
+        )
 
 
 def _check_range(
@@ -132,7 +138,7 @@ def _check_range(
     ]
     place = places[0] if places else f"size {symbol.name} is {value}"
     if value < symbol.min:
-        raise InputError(f"{place}, below the compiled minimum of {symbol.min}")
+        raise InputError(f"{place}, below the compiled minimum of {symbol.min}", hint="give more, or pad the input")
     raise InputError(
         f"{place}, above the compiled maximum of {symbol.max}", hint="compile with a larger maximum length"
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -20,17 +20,24 @@ from sylvester.compiler import knobs
 from sylvester.compiler.compiled import Compiled
 from sylvester.compiler.digest import Digest, Opaque
 from sylvester.compiler.errors import ArtefactError
+from sylvester.compiler.program import Program
 from sylvester.compiler.store import link_tree, store
 from sylvester.compiler.target import Target
 
 if TYPE_CHECKING:
-    from sylvester.backends.base import Backend
     from sylvester.compiler.pipeline import Pass
 
 KIND = "models"
 PACKAGES = ("sylvester", "compiler", "passes", "codegen", "backends")
 LIBRARIES = ("torch", "transformers", "numpy", "safetensors")
-CHUNK = 1 << 24
+
+
+class Builder(Protocol):
+    """The part of a backend that matters here."""
+
+    name: str
+
+    def identity(self, target: Target) -> tuple[str, ...] | None: ...
 
 
 @dataclass(frozen=True)
@@ -46,15 +53,15 @@ class Key:
         return [f"the next run compiles this model anew: {self.reason}"] if self.reason else []
 
 
-def key(model: Any, example_inputs: Any, dynamic: Any, target: Target, steps: Sequence[Pass], backend: Backend) -> Key:
+def key(model: Any, example_inputs: Any, dynamic: Any, target: Target, steps: Sequence[Pass], backend: Builder) -> Key:
     """What decides the artefact: model, inputs, options, this program's own code, libraries, compiler."""
     if knobs.REUSE.get() == "0" or not store(KIND).limit:
         return Key("")
     if target.tune is not None:
         return Key("")
     identity = backend.identity(target)
-    if identity is None:
-        return Key("", f"the target {target.name!r} does not say what it depends on")
+    if identity is None or isinstance(model, Program):
+        return Key("")
     digest = Digest()
     digest.text(own_code(), platform.python_version(), *map(_version, LIBRARIES), *identity)
     digest.text(repr(target), target.architecture, knobs.CHECK.get(), str(torch.get_default_dtype()))

@@ -26,6 +26,8 @@ BY_REPR = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_for
 BUILT_IN = (types.BuiltinFunctionType, types.MethodWrapperType, types.WrapperDescriptorType, types.MethodDescriptorType)
 NOT_CODE = {"__dict__", "__weakref__", "__doc__", "__module__", "__firstlineno__", "__static_attributes__"}
 NOT_CODE |= {"__annotations__", "__annotate__", "__annotate_func__", "__abstractmethods__", "_abc_impl"}
+OWN = "sylvester"
+"""This package's code is left to the caller, as it may change without its version."""
 SALTED = {"_original_object_hash"}
 """transformers keeps `hash()` of some attributes beside them: another number in every process."""
 
@@ -99,7 +101,7 @@ class Digest:
         self.text("tensor", str(array.dtype), str(tuple(array.shape)), str(array.stride()), type(value).__qualname__)
         if isinstance(value, Tensor):
             self.text(str(value.device), str(self._memory.setdefault(value.data_ptr(), len(self._memory))))
-        self._hash.update(memoryview(array.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        self._hash.update(array.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def _add_instance(self, value: Any) -> None:
         if isinstance(value, enum.Enum):
@@ -197,6 +199,8 @@ def _contents(cell: types.CellType) -> Any:
 def _release(module: str) -> str:
     """What fixes the code of an installed module: its distribution's version. Empty for code that may be edited."""
     top = module.partition(".")[0]
+    if top == OWN:
+        return OWN
     if top in sys.stdlib_module_names or top == "builtins":
         return "" if top == "__main__" else f"python {sys.version}"
     path = getattr(sys.modules.get(top), "__file__", None)
@@ -210,8 +214,13 @@ def _release(module: str) -> str:
 
 @functools.cache
 def _is_installed(path: str) -> bool:
-    folders = {sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")}
+    folders = [sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")]
+    folders += [own for name in list(sys.modules) if name.startswith(f"{OWN}.") for own in _folders(name)]
     return any(Path(path).is_relative_to(folder) for folder in folders) or path.startswith("<")
+
+
+def _folders(package: str) -> list[str]:
+    return list(getattr(sys.modules[package], "__path__", ()))
 
 
 def _is_patch(part: object) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
@@ -35,8 +35,17 @@ def to_program(exported: ExportedProgram, examples: Mapping[str, Tensor]) -> Pro
         except NeedsFunctionalization as error:
             raise TraceError("cannot make an in-place operation functional", at=error.node) from error
     program.sweep()
+    _require_known_sizes(program.main)
     verify(program)
     return program
+
+
+def _require_known_sizes(entry: Entry) -> None:
+    """Every size follows from those of the inputs."""
+    for node in entry.calls():
+        if isinstance(value(node), Tensor) and any(isinstance(n, SymInt) and n.node.hint is None for n in value(node).shape):
+            hint = "keep the size of the input and mark elements with torch.where, or move the selection out of the model"
+            raise TraceError(f"a size of %{node.name} depends on the values of a tensor", at=node, hint=hint)
 
 
 def _copy(exported: ExportedProgram, examples: Mapping[str, Tensor]) -> Program:

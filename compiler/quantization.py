@@ -51,8 +51,8 @@ def _int8(rows: Tensor, group: int) -> Rounded:
 
 def _int4(rows: Tensor, group: int) -> Rounded:
     split = rows.unflatten(1, (-1, group))
-    extreme = split.gather(-1, split.abs().argmax(-1, keepdim=True))
-    scales = _short(extreme / -8)
+    least, most = split.amin(-1, keepdim=True), split.amax(-1, keepdim=True)
+    scales = _short(torch.where(most >= -least, most, least) / -8)
     nibbles = (_divide(split, scales).clamp(-8, 7) + 8).to(torch.uint8).flatten(1)
     return nibbles[:, ::2] | nibbles[:, 1::2] << 4, scales.squeeze(-1)
 

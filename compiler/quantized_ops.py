@@ -37,7 +37,8 @@ def grouped(values: Tensor, scales: Tensor) -> Tensor:
     k, groups = values.shape[1], scales.shape[1]
     if groups > 1 and (k % groups or k // groups not in GROUPS):
         raise ValueError(f"{groups} groups along a depth of {k}, expected one, or groups of {GROUPS}")
-    return (values.to(scales.dtype).unflatten(1, (groups, -1)) * scales.unsqueeze(-1)).flatten(1)
+    split: Tensor = values.to(scales.dtype).unflatten(1, (groups, -1))
+    return (split * scales.unsqueeze(-1)).flatten(1)
 
 
 def unpacked(weight: Tensor) -> Tensor:

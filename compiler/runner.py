@@ -46,7 +46,7 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunsElsewhere:
     """Stands for the code of an artefact that was built for another architecture: it can be saved, not run."""
 

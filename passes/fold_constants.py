@@ -22,6 +22,8 @@ aten = torch.ops.aten
 LITERALS = (aten.full.default, aten.expand.default)
 SCALED = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 LARGEST_FILL = 1 << 24
+LARGE = 1 << 16
+"""Bytes of a weight from which a second copy matters."""
 SHORT = {"permute": "t", "to.dtype": "cast"}
 
 
@@ -116,13 +118,17 @@ class Folder:
         first = next((binding(n).key for n in cone if is_weight(n)), module_path(root) or "constant")
         op = op_name(root.target)
         key = self.program.weights.fresh(f"{first}.{SHORT.get(op, op)}")
-        held = {self.program.weights[binding(n).key].untyped_storage().data_ptr() for n in cone if is_weight(n)}
-        result = self._compute(root, cone)
-        viewed = result.untyped_storage().data_ptr() in held
-        # A transposed weight stays a view: the model holds the values already.
-        turned = viewed and result.nbytes == result.untyped_storage().nbytes()
-        self.program.weights[key] = result if turned else result.contiguous().clone() if viewed else result.contiguous()
+        self.program.weights[key] = self._kept(self._compute(root, cone), cone)
         return key
+
+    def _kept(self, result: Tensor, cone: list[fx.Node]) -> Tensor:
+        """The result in memory of its own; a large weight that is only turned stays a view, as the model holds it."""
+        stored = [self.program.weights[binding(n).key].untyped_storage() for n in cone if is_weight(n)]
+        storage = result.untyped_storage()
+        if storage.data_ptr() not in [s.data_ptr() for s in stored]:
+            return result.contiguous()
+        turned = result.nbytes == storage.nbytes() > LARGE
+        return result if turned else result.clone(memory_format=torch.contiguous_format)
 
 
 def inline_scalars(program: Program, entry: Entry, changes: Changes) -> None:

@@ -13,6 +13,7 @@ from sylvester import __version__
 from sylvester.compiler import knobs
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.progress import Progress
+from sylvester.compiler.store import store
 
 PACKAGES = ("torch", "numpy", "safetensors", "networkx", "transformers", "tokenizers", "ziglang", "typer", "rich")
 FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
@@ -30,6 +31,7 @@ def examine() -> dict[str, Any]:
         "cpu features": _features(),
         "cores": len(os.sched_getaffinity(0)),
         "cache": _cache(problems),
+        "kept": _kept(problems),
         "switches": {knob.name: knob.get() for knob in knobs.KNOBS},
         "problems": problems,
     }
@@ -86,3 +88,17 @@ def _cache(problems: list[str]) -> str:
     if not there.is_dir() or not os.access(there, os.W_OK):
         problems.append(f"the cache folder {folder} cannot be written; set {knobs.CACHE.name}")
     return str(folder)
+
+
+def _kept(problems: list[str]) -> dict[str, str]:
+    """What earlier runs left for reuse."""
+    try:
+        found = {kind: store(kind) for kind in ("code", "models")}
+    except CompileError as error:
+        problems.append(f"{error.message} ({error.hint})")
+        return {}
+    return {
+        kind: f"{len(sizes)} of {sum(sizes.values()) / 1e6:.1f} MB, at most {kept.limit / 1e6:.0f} MB"
+        for kind, kept in found.items()
+        for sizes in [kept.sizes()]
+    }

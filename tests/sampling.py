@@ -21,7 +21,7 @@ EDGES = (0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, -2.5, 3.0, -3.0, 100.0, -100
 
 @dataclass(frozen=True)
 class Sample:
-    """A random tensor. `kind`: normal, short (held by bfloat16), uniform or integer in [low, high), bool, edge values."""
+    """A random tensor. `kind`: normal, short (held by bfloat16), uniform or integer in [low, high), bool, edges."""
 
     shape: tuple[Size, ...]
     kind: str = "normal"

@@ -17,6 +17,7 @@ from sylvester.compiler.manifest import WEIGHTS, read
 from sylvester.compiler.target import host_architecture
 from tests import (
     emulator,
+    test_kernels_bf16,
     test_kernels_conv2d,
     test_kernels_gemm,
     test_kernels_math,
@@ -31,6 +32,7 @@ KERNELS = {
     "matmul": lambda isa: test_kernels_gemm.test_matmul_takes_any_strides(isa, 3),
     "empty": test_kernels_gemm.test_empty_sizes,
     "exp": lambda isa: test_kernels_math.test_close_to_float64(isa, "exp"),
+    "bf16": lambda isa: test_kernels_bf16.test_panels(isa, ""),
     "conv2d": lambda isa: test_kernels_conv2d.test_conv2d(isa, 2, 0),
 }
 """The bodies of the kernel tests, which take any variant."""

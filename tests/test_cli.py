@@ -146,6 +146,7 @@ def test_doctor_finds_the_toolchain(capsys):
 
     assert found["compiler"]
     assert found["problems"] == []
+    assert set(found["kept"]) == {"code", "models"}
     assert set(found["switches"]) == {knob.name for knob in knobs.KNOBS}
 
 

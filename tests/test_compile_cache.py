@@ -157,6 +157,16 @@ def test_other_options_are_another_artefact(traces, options):
     assert len(traces) == 2
 
 
+def test_options_of_passes_count(traces):
+    for passes in (("w8a8",), ("w8a8",), ("bf16",)):
+        with compiled(network(), passes=passes) as made:
+            reused = NOTE in made.ledger
+        assert "compiles this model anew" not in made.ledger
+
+    assert len(traces) == 2
+    assert not reused
+
+
 def test_other_compilers_are_another_artefact(traces, monkeypatch):
     compiled(network()).close()
     monkeypatch.setattr("sylvester.backends.identity.version", lambda compiler: "another")

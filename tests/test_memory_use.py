@@ -182,19 +182,19 @@ def test_a_transposed_weight_is_not_copied():
     class Turned(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = nn.Parameter(torch.randn(48, 300))
+            self.weight = nn.Parameter(torch.randn(80, 300))
             self.narrow = nn.Parameter(torch.randn(5, 300))
 
         def forward(self, x):
             wide = nn.functional.linear(x, self.weight.t().contiguous())
             return nn.functional.linear(wide.sin(), self.narrow)
 
-    model, x = Turned().eval(), torch.randn(3, 48)
+    model, x = Turned().eval(), torch.randn(3, 80)
     program = sv.trace(model, (x,))
 
     assert {t.data_ptr() for t in program.weights.values()} == {t.data_ptr() for t in model.parameters()}
     with sv.compile(program, target=sv.Target("cpu", isas=("scalar",))) as compiled:
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
         told, arena = compiled.report["memory"], compiled._runner._arena.nbytes
     assert told["compiling"] == memory_plan.WORKING
     assert told["arena"] == arena > 0
