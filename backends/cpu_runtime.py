@@ -1,4 +1,4 @@
-"""Load and run a CPU artefact: one copy of the weights, one thread team, one arena reused between calls. Needs numpy."""
+"""Load and run a CPU artefact: one copy of the weights, one thread team, one arena reused between calls; on numpy."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -140,7 +140,8 @@ def _write(path: Path, limits: Limits) -> None:
 def _probe(source: str, compiler: Compiler, isa: Isa) -> Iterator[ctypes.CDLL]:
     """The compiled probe; one build of the baseline holds the variants of all instruction sets."""
     with tempfile.TemporaryDirectory(prefix="sylvester-") as folder:
-        code = build_shared(source, Path(folder, "limits.so"), isa, compiler=compiler)
+        fast = replace(isa, flags=())
+        code = build_shared(source, Path(folder, "limits.so"), fast, compiler=compiler)
         probe = ctypes.CDLL(str(code))
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     for name, result, arguments in (

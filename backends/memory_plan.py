@@ -48,8 +48,8 @@ class MemoryPlan:
         """Lines for the ledger; one more for what this machine has no room for."""
         parts = f"weights {_mb(self.weights)}, arena {_mb(self.arena)}, state {_mb(self.state)}"
         told = [
-            f"memory: compiling takes {_mb(self.compiling)} on top of the model, running {_mb(self.running)} ({parts}), "
-            f"at the longest sequence {_mb(self.longest_running)}"
+            f"memory: compiling takes {_mb(self.compiling)} on top of the model, "
+            f"running {_mb(self.running)} ({parts}), at the longest sequence {_mb(self.longest_running)}"
         ]
         free = available()
         needs = {"compiling": self.compiling, "running at the longest sequence": self.longest_running}

@@ -33,11 +33,11 @@ def panel_bytes(form: Format, k: int) -> int:
         return k * PANEL * 4
     if form.name == "bf16":
         return bfloat16.panel_bytes_bf16(k)
-    return (quantized.panel_bytes_q8 if form.name == "q8" else quantized.panel_bytes_q4)(k, form.group)
+    return int((quantized.panel_bytes_q8 if form.name == "q8" else quantized.panel_bytes_q4)(k, form.group))
 
 
 def packed(layout: Layout, weights: Sequence[Array], scales: Sequence[Array]) -> Iterator[Array]:
-    """The stored tensor of a `panels` layout, some panels at a time: bytes [panels, panel bytes], f32 [panels, k, 32]."""
+    """The stored tensor of a `panels` layout, some panels at a time: bytes [panels, bytes], f32 [panels, k, 32]."""
     whole = sum(w.shape[0] for w in weights) if layout.ways == 1 else weights[0].shape[0]
     step = PANEL * max(1, PIECE // max(1, layout.ways * weights[0].shape[1] * PANEL))
     for start in range(0, whole, step):
@@ -45,8 +45,10 @@ def packed(layout: Layout, weights: Sequence[Array], scales: Sequence[Array]) ->
         if layout.ways == 1:
             yield _pack(layout.format, _rows(weights, rows), _rows(scales, rows) if scales else None)
             continue
-        pairs = zip(weights, scales or [None] * len(weights), strict=True)
-        each = [_pack(layout.format, w[rows], None if s is None else s[rows]) for w, s in pairs]
+        each = [
+            _pack(layout.format, weight[rows], scales[way][rows] if scales else None)
+            for way, weight in enumerate(weights)
+        ]
         yield np.stack(each, 1).reshape(len(each) * len(each[0]), *each[0].shape[1:])
 
 

@@ -27,6 +27,6 @@ def _of(step: Linear) -> Iterator[tuple[str, Index]]:
     if step.layers > 1:
         yield f"{step.layers} linear layers over one input", rows * (step.layers - 1)
     if step.norm is not None:
-        yield f"{step.norm.kind} norm into the packing of a linear layer", 2 * rows
+        yield f"{step.norm} into the packing of a linear layer", 2 * rows
     if step.epilogue is not None:
         yield "elementwise work into the epilogue of a linear layer", 2 * results

@@ -54,7 +54,7 @@ class Lazy:
     dtype: str
     load: Callable[[Indices], Expr]
     norm: RowNorm | None = field(default=None, compare=False)
-    """How a kernel may compute the rows itself, when the tensor is a normalisation over its last axis."""
+    """How a kernel may compute the rows itself, when the tensor is a norm or rotation of its last axis."""
 
     def at(self, indices: Indices) -> Expr:
         """The element that broadcasts to `indices` of a result of equal or higher rank."""
@@ -75,13 +75,21 @@ class Lazy:
 
 @dataclass(frozen=True)
 class RowNorm:
-    """y = x / sqrt(mean(x^2) + eps) * weight ("rms"), or the same of x - mean(x), plus bias ("layer")."""
+    """y = x / sqrt(mean(x^2) + eps) * weight ("rms"), or the same of x - mean(x), plus bias ("layer"), or x itself.
 
-    kind: Literal["rms", "layer"]
+    The result is rotated by Hadamard matrices in blocks of `hadamard` features when that is not 0.
+    """
+
+    kind: Literal["rms", "layer", "none"]
     x: Lazy
-    weight: Lazy | None
-    bias: Lazy | None
-    eps: float
+    weight: Lazy | None = None
+    bias: Lazy | None = None
+    eps: float = 0.0
+    hadamard: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{self.kind} norm"] if self.kind != "none" else []
+        return " and ".join([*parts, *(["Hadamard rotation"] if self.hadamard else [])])
 
 
 def of_buffer(buffer: Buffer) -> Lazy:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sylvester.codegen.epilogue import Finish, finish
+from sylvester.codegen.hadamard import hadamard_header
 from sylvester.codegen.index import Index, index
 from sylvester.codegen.layout import F32, PANEL, Format
 from sylvester.codegen.lazy import Arithmetic, Buffer, Extern, Linear, Pointer, RowNorm
@@ -43,7 +44,10 @@ def linear_text(form: Format = F32, *, norm: RowNorm | None = None, ways: int = 
 
 def _norm(norm: RowNorm) -> str:
     arguments = "scale, shift" if norm.kind == "layer" else "scale"
-    return f"sv_{norm.kind}_row(normal, row, {arguments}, {float(norm.eps)!r}f, k), row = normal;"
+    copied = "memcpy(normal, row, (size_t)k * sizeof(float)), row = normal;"
+    normal = f"sv_{norm.kind}_row(normal, row, {arguments}, {float(norm.eps)!r}f, k), row = normal;"
+    turned = f" sv_hadamard_row(normal, k, {norm.hadamard});" if norm.hadamard else ""
+    return (copied if norm.kind == "none" else normal) + turned
 
 
 def linear_extern(step: Linear, buffers: dict[str, Buffer]) -> Extern:
@@ -59,7 +63,7 @@ def linear_extern(step: Linear, buffers: dict[str, Buffer]) -> Extern:
     written = [b for b in (y, second, step.records) if b is not None]
     return Extern(
         name,
-        text.replace("NAME", name),
+        (hadamard_header() if step.norm and step.norm.hadamard else "") + text.replace("NAME", name),
         (
             Pointer(y, index(0)),
             _pointer(second),
@@ -88,7 +92,7 @@ def linear_extern(step: Linear, buffers: dict[str, Buffer]) -> Extern:
 
 def _label(step: Linear) -> str:
     """Everything that the call computes."""
-    before = f"{step.norm.kind}_norm" if step.norm else ""
+    before = str(step.norm).replace(" ", "_") if step.norm else ""
     after = step.epilogue.label if step.epilogue else ""
     return "; ".join(label for label in (before, step.label, after) if label)
 

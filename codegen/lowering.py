@@ -118,6 +118,8 @@ class Lowering:
         result = LOWERINGS[node.target](self, described, *args, **kwargs)
         if isinstance(result, Lazy) and self._worth_storing(node, result):
             return self.realize(result)
+        if isinstance(result, Lazy) and result.norm and len(self._readers(node)) > 1:
+            return replace(result, norm=None)
         return result
 
     def _label(self, first: int, label: str) -> None:
@@ -146,14 +148,14 @@ class Lowering:
         return self._stored[layout.name]
 
     def _worth_storing(self, node: fx.Node, result: Lazy) -> bool:
-        """Shared work is stored unless it is next to nothing; a long expression is stored to keep code small.
-
-        Linear layers that run as one are one reader.
-        """
-        tensors = [u for u in node.users if not isinstance(u.meta.get("val"), (int, torch.SymInt))]
-        readers = {self.layers.groups[u].nodes if u in self.layers.groups else u for u in tensors}
+        """Shared work is stored unless it is next to nothing; a long expression is stored to keep code small."""
         operations = result.operations
-        return operations > MAX_OPERATIONS or (len(readers) > 1 and operations > CHEAP_OPERATIONS)
+        return operations > MAX_OPERATIONS or (operations > CHEAP_OPERATIONS and len(self._readers(node)) > 1)
+
+    def _readers(self, node: fx.Node) -> set[Any]:
+        """What reads a node; linear layers that run as one are one reader."""
+        tensors = [u for u in node.users if not isinstance(u.meta.get("val"), (int, torch.SymInt))]
+        return {self.layers.groups[u].nodes if u in self.layers.groups else u for u in tensors}
 
     def _outputs(self) -> None:
         for output, node in zip(self.entry.outputs, self.entry.results(), strict=True):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from sylvester.codegen.hadamard import MOST, hadamard_header
 from sylvester.codegen.hadamard import hadamard as kernel
 from sylvester.codegen.index import index, product
-from sylvester.codegen.lazy import Extern, Lazy, Pointer, of_buffer
+from sylvester.codegen.lazy import Extern, Lazy, Pointer, RowNorm, of_buffer
 from sylvester.codegen.linears import row_pointer
 from sylvester.codegen.lowering import Fact, Lowering, lowers
 from sylvester.compiler.errors import Unsupported
@@ -37,4 +39,5 @@ def hadamard(lowering: Lowering, fact: Fact, x: Lazy, block: int) -> Lazy:
             flops=flops,
         )
     )
-    return of_buffer(y)
+    before = x.norm or RowNorm("none", x)
+    return replace(of_buffer(y), norm=None if before.hadamard else replace(before, hadamard=block))

@@ -123,7 +123,7 @@ def _check_shape(spec: TensorSpec, shape: tuple[int, ...], values: Mapping[str, 
         form = f" ({shape_text(spec)})" if symbolic else ""
         raise InputError(
             f"{spec.name!r} has shape {list(shape)}, expected {list(expected)}{form}",
-            hint="numbers are fixed, and equal names are equal sizes; compile with examples of other sizes to change them",
+            hint="numbers are fixed, equal names are equal sizes; to change them, compile with other examples",
         )
 
 

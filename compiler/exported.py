@@ -43,8 +43,9 @@ def to_program(exported: ExportedProgram, examples: Mapping[str, Tensor]) -> Pro
 def _require_known_sizes(entry: Entry) -> None:
     """Every size follows from those of the inputs."""
     for node in entry.calls():
-        if isinstance(value(node), Tensor) and any(isinstance(n, SymInt) and n.node.hint is None for n in value(node).shape):
-            hint = "keep the size of the input and mark elements with torch.where, or move the selection out of the model"
+        sizes = value(node).shape if isinstance(value(node), Tensor) else ()
+        if any(isinstance(n, SymInt) and n.node.hint is None for n in sizes):
+            hint = "keep all elements and mark them with torch.where, or move the selection out of the model"
             raise TraceError(f"a size of %{node.name} depends on the values of a tensor", at=node, hint=hint)
 
 

@@ -89,7 +89,7 @@ class Positive(nn.Module):
         (Branch(), "control flow or a size depends on the values", "x.sum() > 0", "choose with torch.where"),
         (Repeat(), "control flow or a size depends on the values", "range(int(x.max()))", "out of the model"),
         (Cut(), "control flow or a size depends on the values", "x.sum().item()", "out of the model"),
-        (Positive(), "a size of %index depends on the values of a tensor", "x[x > 0]", "mark elements with torch.where"),
+        (Positive(), "a size of %index depends on the values", "x[x > 0]", "mark them with torch.where"),
     ],
 )
 def test_data_dependent_control_flow(model, found, where, way_out):
@@ -163,9 +163,10 @@ def test_inputs_that_do_not_fit_on_the_command_line(lm, name, tmp_path, capsys):
 
 
 def test_a_fixed_size_that_is_another():
-    with sv.compile(nn.Linear(6, 5).eval(), (torch.ones(3, 6),), target="reference") as compiled:
-        with pytest.raises(InputError, match=r"'input' has shape \[3, 7\], expected \[3, 6\]") as error:
-            compiled(torch.ones(3, 7))
+    compiled = sv.compile(nn.Linear(6, 5).eval(), (torch.ones(3, 6),), target="reference")
+
+    with compiled, pytest.raises(InputError, match=r"'input' has shape \[3, 7\], expected \[3, 6\]") as error:
+        compiled(torch.ones(3, 7))
 
     assert "numbers are fixed" in error.value.hint
 

@@ -17,6 +17,7 @@ from sylvester.compiler.program import Program
 from tests.programs import program
 
 rms_norm, swiglu, geglu = torch.ops.sylvester.rms_norm, torch.ops.sylvester.swiglu, torch.ops.sylvester.geglu
+rotated = torch.ops.sylvester.hadamard
 X = torch.randn(3, 5, 40)
 TARGET = sv.Target("cpu", threads=2, isas=("avx2",))
 
@@ -124,6 +125,32 @@ def test_a_norm_that_only_a_linear_group_reads_is_its_packing(kind: str, rows: i
     wide = {key: w.double() for key, w in made.items()}
     for found, expected in zip(ran(traced, x), model(x.double(), *(wide[k] for k in "wbqk")), strict=True):
         assert close(found.double(), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 60])
+@pytest.mark.parametrize("normed", [True, False])
+def test_a_rotation_that_only_linear_layers_read_is_their_packing(rows: int, normed: bool) -> None:
+    def model(x: Tensor, w: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        h = rotated(rms_norm(x, w, 1e-5) if normed else x, 8)
+        return F.linear(h, q), F.linear(h, k)
+
+    made = {"w": torch.rand(40) + 0.5} | weights(q=41, k=6)
+    x = torch.randn(rows, 40)
+    traced = program(model, X[0], weights=made)
+
+    (step,) = linears(traced)
+    assert step.norm is not None
+    assert step.norm.hadamard == 8
+    expected = model(x.double(), *(made[k].double() for k in "wqk"))
+    assert all(close(f.double(), e) for f, e in zip(ran(traced, x), expected, strict=True))
+
+
+def test_a_rotation_that_others_read_is_computed_once() -> None:
+    traced = program(lambda x, q: F.linear(rotated(x, 8), q) + rotated(x, 8), X, weights=weights(q=40))
+    shared = program(lambda x, q: (lambda h: F.linear(h, q) + h)(rotated(x, 8)), X, weights=weights(q=40))
+
+    assert linears(traced)[0].norm is not None
+    assert linears(shared)[0].norm is None
 
 
 def test_a_norm_that_others_read_is_computed_once() -> None:
