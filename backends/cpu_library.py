@@ -96,11 +96,16 @@ def choose(folder: Path, manifest: Manifest) -> Choice:
             hint=f"load it there, or compile with Target('cpu', arch={host_architecture()!r})",
         )
     known = isas.of(architecture)
-    baseline = folder / "code" / f"{known[0].name}.so"
+    isa, notes = usable(known, manifest.isas, folder / "code" / f"{known[0].name}.so")
+    return Choice(folder / "code" / f"{isa.name}.so", notes)
+
+
+def usable(known: Sequence[Isa], names: Sequence[str], baseline: Path) -> tuple[Isa, tuple[str, ...]]:
+    """The best of the named variants that this process may use, and why not a better one, asked from the baseline."""
     notes: list[str] = []
-    for isa in _candidates(known, manifest.isas, cpu_level(baseline)):
+    for isa in _candidates(known, names, cpu_level(baseline)):
         if not isa.permission or _open(baseline).sv_permit_tiles() == 0:
-            return Choice(folder / "code" / f"{isa.name}.so", tuple(notes))
+            return isa, tuple(notes)
         notes.append(f"{isa.name} is not used: the kernel refused this process the AMX tile registers")
     raise Unsupported(notes[-1], hint=f"unset {knobs.ISA.name}, or compile with every variant")
 

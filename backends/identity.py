@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hashlib import sha256
+from pathlib import Path
 
 from sylvester.backends import fingerprint
 from sylvester.backends.toolchain import find_compiler, version
@@ -21,6 +22,13 @@ def _measurements(target: Target) -> str:
     path = default_path()
     if knobs.TUNE.get() == "0" or not path.exists():
         return ""
-    files = [file for file in (path, path.with_name(f"{path.name}-wal")) if file.is_file()]
-    sums = [sha256(file.read_bytes()).hexdigest() for file in files]
+    sums = [_sum(file) for file in (path, path.with_name(f"{path.name}-wal"))]
     return " ".join([fingerprint.cpu(), str(target.threads or knobs.threads()), *sums])
+
+
+def _sum(file: Path) -> str:
+    """Empty for a file that is not there, as after the last of several processes closed the database, or unreadable."""
+    try:
+        return sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return ""

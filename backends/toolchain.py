@@ -53,7 +53,7 @@ def find_compiler(named: str | None = None, architecture: str = "") -> Compiler:
     ziglang builds for every architecture; another compiler must be named to build for one that is not the host's.
     """
     architecture = architecture or host_architecture()
-    named = knobs.CC.get() if named is None else named
+    named = (knobs.CC.get() if named is None else named).strip()
     if named:
         return _built_for(_named(named), architecture)
     if find_spec("ziglang") is not None:
@@ -72,7 +72,7 @@ def find_compiler(named: str | None = None, architecture: str = "") -> Compiler:
 def _named(named: str) -> Compiler:
     words = named.split()
     if words[0] == "ziglang":
-        return Compiler((sys.executable, "-m", "ziglang", "cc"), "zig")
+        return Compiler((sys.executable, "-m", "ziglang", "cc", *words[1:]), "zig")
     path = shutil.which(words[0])
     if path is None:
         raise ToolchainMissing(f"no such compiler: {named!r}, named by {knobs.CC.name}", hint="pip install ziglang")
@@ -98,14 +98,14 @@ def _built_for(compiler: Compiler, architecture: str) -> Compiler:
 
 @cache
 def version(compiler: Compiler) -> str:
-    """What the compiler calls itself; where it is installed does not matter."""
+    """What the compiler calls itself, and the words it is always given; where it is installed does not matter."""
     if compiler.command[1:3] == ("-m", "ziglang"):
-        return metadata.version("ziglang")
+        return " ".join([metadata.version("ziglang"), *compiler.command[4:]])
     try:
         shown = subprocess.run([*compiler.command, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise ToolchainMissing(f"cannot ask {compiler.command[0]!r} for its version: {error}") from error
-    return (shown.stdout.splitlines() or ["unknown"])[0]
+    return " ".join([*(shown.stdout.splitlines() or ["unknown"])[:1], *compiler.command[1:]])
 
 
 def build_shared(source: str, out: Path, isa: Isa, *, compiler: Compiler | None = None) -> Path:

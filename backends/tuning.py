@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import statistics
 import tempfile
@@ -11,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sylvester.backends.cpu_library import ABI, usable
 from sylvester.backends.halving import MARGIN, Race, Standing
 from sylvester.backends.toolchain import Compiler, build_shared
 from sylvester.backends.tuner import Setting, Tuner
 from sylvester.backends.tuning_database import Database, DatabaseError, Entry, default_path
 from sylvester.backends.tuning_exchange import explain
 from sylvester.codegen.isa import Isa
-from sylvester.codegen.prelude import prelude
+from sylvester.codegen.prelude import render
 from sylvester.codegen.space import Candidate, Problem
 from sylvester.codegen.tunable import Choices, family_of
 from sylvester.compiler import knobs
@@ -93,18 +93,16 @@ def tune(
 
 
 def runnable(isas: Sequence[Isa], target: Target, compiler: Compiler) -> Isa:
-    """The variant this machine would load: the highest it has, or the one the knob forces."""
+    """The variant this machine would load: the highest it has and may use, or the one the knob forces."""
     if target.architecture != host_architecture():
         raise Unsupported(
             f"cannot time code for {target.architecture} on {host_architecture()}",
             hint="tune on such a machine, then bring the results here with `sylvester tune --merge`",
         )
     with tempfile.TemporaryDirectory(prefix="sylvester-level-") as folder:
-        library = build_shared(prelude(isas[0]), Path(folder, "level.so"), isas[0], compiler=compiler)
-        level = int(ctypes.CDLL(str(library)).sv_isa_level())
-    fit = [isa for isa in isas if isa.level <= level]
-    forced = [isa for isa in fit if isa.name == knobs.ISA.get()]
-    return (forced or fit)[-1]
+        source = "\n".join([render("runtime.h.in"), render("dispatch.h.in"), render("abi.h.in", ABI=ABI)])
+        library = build_shared(source, Path(folder, "level.so"), isas[0], compiler=compiler)
+        return usable(isas, [isa.name for isa in isas], library)[0]
 
 
 def _known_variant(problems: Problems, settings: Sequence[Setting], database: Database) -> Isa:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -78,7 +79,8 @@ class Database:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+            name = f"{path.absolute().as_uri()}{_mode(path)}"
+            self._connection = sqlite3.connect(name, timeout=BUSY_SECONDS, isolation_level=None, uri=True)
         except (OSError, sqlite3.Error) as error:
             raise self._unusable(error) from error
         try:
@@ -171,6 +173,12 @@ class Database:
             f"cannot use the tuning database {str(self.path)!r}: {error}",
             hint=f"move or restore the file; {knobs.CACHE.name} names another folder, {knobs.TUNE.name}=0 does without",
         )
+
+
+def _mode(path: Path) -> str:
+    """A file in a place that cannot be written to, as in an image, is read as it is: SQLite would want to lock it."""
+    writable = os.access(path.parent, os.W_OK) and (not path.exists() or os.access(path, os.W_OK))
+    return "" if writable else "?immutable=1"
 
 
 def default_path() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,16 +73,31 @@ def _read(path: Path) -> list[Entry]:
         raise DatabaseError(f"{str(path)!r} is not an export of this version", hint=f"expected format {FORMAT!r}")
     try:
         return [_entry(item) for item in data["entries"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DatabaseError(f"{str(path)!r} has a damaged entry: {error!r}", hint="export it again") from error
 
 
 def _entry(item: dict[str, Any]) -> Entry:
     times = {
-        str(name): Time(int(t["median"]), tuple(int(s) for s in t["samples"]), bool(t["dropped"]))
+        _text(name): Time(_whole(t["median"]), tuple(map(_whole, t["samples"])), bool(t["dropped"]))
         for name, t in item["times"].items()
     }
-    key = item["key"]
-    kernel, problem, target, toolchain = (str(key[part]) for part in ("kernel", "problem", "target", "toolchain"))
-    whole = Key(kernel, problem, target, int(key["threads"]), toolchain)
-    return Entry(whole, str(item["chosen"]), bool(item["finished"]), float(item["margin"]), times, str(item["at"]))
+    key, margin = item["key"], float(item["margin"])
+    kernel, problem, target, toolchain = (_text(key[part]) for part in ("kernel", "problem", "target", "toolchain"))
+    if not 0 <= margin < math.inf:
+        raise ValueError(f"the margin is {margin}")
+    whole = Key(kernel, problem, target, _whole(key["threads"]), toolchain)
+    return Entry(whole, _text(item["chosen"]), bool(item["finished"]), margin, times, _text(item["at"]))
+
+
+def _whole(value: Any) -> int:
+    """A number the database can hold."""
+    number = int(value)
+    if not 0 <= number < 1 << 63:
+        raise ValueError(f"{number} is no count")
+    return number
+
+
+def _text(value: Any) -> str:
+    """Characters the database can hold: `UnicodeError`, a ValueError, for halves of pairs."""
+    return str(value).encode().decode()

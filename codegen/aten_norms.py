@@ -71,7 +71,8 @@ def _rms_norm(lowering: Lowering, fact: Fact, x: Lazy, dims: Sequence[int], weig
     total = reduced_over(lowering, "sum", x, dims, "f32", lambda e, _: call("mul", e, e))
     scale = spread(fact.shape, inverse_deviation(lowering, total, count(x, dims), eps), dims)
     y = affine(fact, pointwise(fact, lambda e, s: call("mul", e, s), x, scale), weight, None)
-    return replace(y, norm=RowNorm("rms", x, weight, None, eps)) if dims == [len(x.shape) - 1] else y
+    by_feature = weight is None or weight.shape == x.shape[-1:]
+    return replace(y, norm=RowNorm("rms", x, weight, None, eps)) if by_feature and dims == [len(x.shape) - 1] else y
 
 
 @lowers(aten.layer_norm.default)

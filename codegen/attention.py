@@ -44,18 +44,26 @@ class Tuning:
 
 
 def attention_header(tuning: Tuning | None = None) -> str:
-    """Types and helpers shared by all instances; goes once before the first."""
+    """Types and helpers shared by all instances; goes once before the first, and after the format bf16 if any."""
     choice = tuning or Tuning()
     shared = render("attention.h.in", BLOCKS=choice.blocks, KEYS=choice.keys, FEW=choice.few, SPLIT=choice.split)
-    return shared + render("attention_lanes.h.in")
+    return shared + render("attention_lanes.h.in") + render("attention_bf16.h.in")
 
 
-def attention(name: str, head_dim: int, value_dim: int, mask: MaskKind = "none", cache: str = "f32") -> str:
-    """C text of one instance over k and v of dtype `cache`; `<name>_scratch` is the scratch it needs per thread."""
+def attention(
+    name: str, head_dim: int, value_dim: int, mask: MaskKind = "none", cache: str = "f32", products: str = "f32"
+) -> str:
+    """C text of one instance over k and v of dtype `cache`; `<name>_scratch` is the scratch it needs per thread.
+
+    With `products` "bf16" operands are rounded where the instruction set multiplies bfloat16 pairs and a tile has more
+    rows than few; elsewhere products stay in float32.
+    """
     values = {"NAME": name, "D": head_dim, "DV": value_dim, "KV": C_TYPES[cache], "MASK": _MASKS[mask]}
     values["MASKED"] = int(mask != "none")
-    parts = ("attention_sizes.c.in", "attention_few.c.in", "attention.c.in")
-    return "\n".join(render(part, **values) for part in parts)
+    wide, short = (render(f"attention_{kind}.c.in", **values) for kind in ("f32", "bf16"))
+    many = f"#if SV_BF16_DOT\n{short}#else\n{wide}#endif" if products == "bf16" else wide
+    before = [render(f"attention_{part}.c.in", **values) for part in ("sizes", "few")]
+    return "\n".join([*before, many, render("attention.c.in", **values)])
 
 
 def part_floats(value_dim: int) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from hashlib import sha1
 
 import torch
 
 from sylvester.codegen.aten_indexing import constant_pad
-from sylvester.codegen.conv2d import Conv2d, conv2d
+from sylvester.codegen.conv2d import Conv2d, Finish, conv2d
+from sylvester.codegen.epilogue import in_place
 from sylvester.codegen.index import index, product
-from sylvester.codegen.lazy import Extern, Lazy, Pointer, of_buffer
+from sylvester.codegen.lazy import Extern, Lazy, Pointer, Store, of_buffer
 from sylvester.codegen.lowering import Fact, Lowering, lowers
 from sylvester.codegen.shapes import per_axis
 from sylvester.compiler.errors import Unsupported
@@ -97,21 +99,42 @@ def _pair(value: Geometry) -> tuple[int, int]:
 def _call(lowering: Lowering, fact: Fact, conv: Conv2d, x: Lazy, weight: Lazy, bias: Lazy | None) -> Lazy:
     sides = "_".join(str(n) for p in (conv.kernel, conv.stride, conv.padding, conv.dilation) for n in p)
     name = f"sv_conv2d_{conv.channels}_{conv.out_channels}_{conv.groups}_{sides}"
-    operands: list[Any] = [lowering.contiguous(o) if o is not None else None for o in (x, weight, bias)]
+    parameters = [lowering.contiguous(o) if o is not None else None for o in (weight, bias)]
+    operands = [lowering.kept(x), *parameters]
     y = lowering.buffer("arena", fact.shape, fact.dtype)
     taps = conv.channels // conv.groups * conv.kernel[0] * conv.kernel[1]
-    lowering.extern(
-        Extern(
-            name,
-            conv2d(name, conv),
-            (
-                Pointer(y.name, index(0)), *(None if o is None else Pointer(o.name, index(0)) for o in operands),
-                x.shape[0], *x.shape[2:], *fact.shape[2:],
-            ),
-            writes=(y.name,),
-            reads=tuple(o.name for o in operands if o is not None),
-            work=product(fact.shape) * taps,
-            scratch=(f"{name}_scratch", ()),
-        )
+    step = Extern(
+        name,
+        conv2d(name, conv),
+        (
+            Pointer(y.name, index(0)), *(None if o is None else Pointer(o.name, index(0)) for o in operands),
+            x.shape[0], *x.shape[2:], *fact.shape[2:],
+        ),
+        writes=(y.name,),
+        reads=tuple(o.name for o in operands if o is not None),
+        work=product(fact.shape) * taps,
+        scratch=(f"{name}_scratch", (x.shape[3], fact.shape[2]) if conv.depthwise else ()),
     )  # fmt: skip
+    lowering.extern(replace(step, finished=lambda store: _finished(lowering, conv, y.name, store)))
     return of_buffer(y)
+
+
+def _finished(lowering: Lowering, conv: Conv2d, result: str, store: Store) -> Extern:
+    """The call that writes `result`, with the elementwise work of `store` in it."""
+    step = next(s for s in lowering.plan.steps if isinstance(s, Extern) and s.writes == (result,))
+    value, others = in_place(store, result)
+    name = f"{step.function}_{sha1(value.encode()).hexdigest()[:8]}"
+    scratch = step.scratch and (f"{name}_scratch", step.scratch[1])
+    return replace(
+        step,
+        function=name,
+        source=conv2d(name, conv, Finish(value, len(others))),
+        arguments=(
+            Pointer(store.buffer, index(0)), *step.arguments[1:], *(Pointer(b, index(0)) for b in others),
+        ),
+        writes=(store.buffer,),
+        reads=(*step.reads, *others),
+        scratch=scratch,
+        finished=None,
+        label="; ".join(label for label in (step.label, store.label) if label),
+    )  # fmt: skip

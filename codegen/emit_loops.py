@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sylvester.codegen.index import Atom, Index, Loaded, Size, Var, atom, c_text, flatten, index, product
+from sylvester.codegen.index import Atom, Index, Loaded, Size, Var, atom, flatten, index, product
+from sylvester.codegen.index_text import c_text
 from sylvester.codegen.lazy import Buffer, Reduce, Store
 from sylvester.codegen.loop_axes import split_axes
-from sylvester.codegen.scalar import BYTES, C_TYPES, FLOATS, Expr, Load, c_expression
 from sylvester.codegen.reads import loads
+from sylvester.codegen.scalar import BYTES, C_TYPES, FLOATS, Expr, Load, c_expression
 from sylvester.codegen.schedule import LoopNest, Member, certain, certain_in, row_offset, row_variables
 
 MAX_LOCAL_BYTES = 16384

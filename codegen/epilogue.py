@@ -1,4 +1,4 @@
-"""Elementwise work on the result of a linear layer, done on each tile while it is in cache.
+"""Elementwise work on the result of a linear layer or a convolution, done on each tile while it is in cache.
 
 y = x W^T;  z = f(y, residual, ...)  ->  z = f(x W^T, residual, ...)   in one kernel
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from sylvester.codegen.index import Atom, Index, Loaded, Size, Var, atom, c_text, flatten, index, product
-from sylvester.codegen.lazy import Linear, Plan, Step, Store
-from sylvester.codegen.scalar import C_TYPES, Call, Expr, IndexValue, Load, c_expression
+from sylvester.codegen.index import Atom, Index, Loaded, Size, Var, atom, flatten, index, product
+from sylvester.codegen.index_text import c_text
+from sylvester.codegen.lazy import Extern, Linear, Plan, Step, Store
 from sylvester.codegen.reads import step_reads, step_writes
+from sylvester.codegen.scalar import C_TYPES, Call, Expr, IndexValue, Load, c_expression
 
 LAST = "column"
 
@@ -28,24 +29,59 @@ class Finish:
 
 
 def fuse_epilogues(plan: Plan) -> list[Step]:
-    """The steps of a plan, with every store that alone reads a linear step's result made part of that step."""
+    """The steps of a plan, with every store that alone reads the result of a linear step or of a kernel that can finish
+    its result made part of that step."""
     steps: list[Step | None] = list(plan.steps)
     readers: dict[str, set[int]] = {}
     for number, step in enumerate(plan.steps):
         for name in step_reads(step):
             readers.setdefault(name, set()).add(number)
     for number, step in enumerate(plan.steps):
-        if isinstance(step, Linear) and (at := _only_reader(plan, step, readers)) is not None:
-            store = plan.steps[at]
-            if isinstance(store, Store) and _fits(plan, step, store) and not _overtaken(plan.steps, number, at, store):
-                steps[number], steps[at] = replace(step, epilogue=store), None
+        at = _only_reader(plan, step, readers)
+        store = None if at is None else plan.steps[at]
+        if at is None or not isinstance(store, Store) or _overtaken(plan.steps, number, at, store):
+            continue
+        joined = _with_epilogue(plan, step, store)
+        if joined is not None:
+            steps[number], steps[at] = joined, None
     return [step for step in steps if step is not None]
 
 
-def _only_reader(plan: Plan, step: Linear, readers: dict[str, set[int]]) -> int | None:
-    """The one step that reads what a linear step writes."""
-    found = set().union(*(readers.get(name, set()) for name in step.outputs))
-    temporary = all(plan.buffers[name].kind == "arena" for name in step.outputs)
+def _with_epilogue(plan: Plan, step: Step, store: Store) -> Step | None:
+    if isinstance(step, Linear):
+        return replace(step, epilogue=store) if _fits(plan, step, store) else None
+    if isinstance(step, Extern) and step.finished is not None and _fits_in_place(plan, step.writes[0], store):
+        return step.finished(store)
+    return None
+
+
+def _fits_in_place(plan: Plan, result: str, store: Store) -> bool:
+    """Whether every element is made from float32 numbers at the same place of the result and of other tensors."""
+    if store.dtype != "f32" or plan.buffers[store.buffer].kind not in ("arena", "output"):
+        return False
+    indices, place, element = _element(store)
+    if product(store.shape) != product(plan.buffers[result].shape) or place != flatten(indices, store.shape):
+        return False
+    leaves = list(_leaves(element))
+    return all(isinstance(leaf, Load) and leaf.offset == place and leaf.dtype == "f32" for leaf in leaves)
+
+
+def in_place(store: Store, result: str) -> tuple[str, tuple[str, ...]]:
+    """C text of the element j of y after an epilogue that `_fits_in_place`, and the buffers p0, p1, ... it reads."""
+    buffers: dict[str, str] = {result: "y"}
+
+    def load(leaf: Load) -> str:
+        return f"{buffers.setdefault(leaf.buffer, f'p{len(buffers) - 1}')}[j]"
+
+    text = c_expression(_element(store)[2], load, str)
+    return text, tuple(buffers)[1:]
+
+
+def _only_reader(plan: Plan, step: Step, readers: dict[str, set[int]]) -> int | None:
+    """The one step that reads what a step writes."""
+    written = step_writes(step)
+    found = set().union(*(readers.get(name, set()) for name in written))
+    temporary = all(plan.buffers[name].kind == "arena" for name in written)
     return found.pop() if temporary and len(found) == 1 else None
 
 
@@ -79,11 +115,10 @@ def _by_column(offset: Index) -> bool:
 
 
 def _element(store: Store) -> tuple[list[Index], Index, Expr]:
-    """The store at index variables of which the last is named `LAST`."""
+    """The store at index variables of which the last is named `LAST`; axes of size 1 have the index 0."""
     last = len(store.shape) - 1
-    indices = [atom(Var(LAST if d == last else f"e{d}", n)) for d, n in enumerate(store.shape)]
-    if store.shape and store.shape[-1].constant == 1:
-        indices[-1] = index(0)
+    variables = [atom(Var(LAST if d == last else f"e{d}", n)) for d, n in enumerate(store.shape)]
+    indices = [index(0) if n.constant == 1 else v for v, n in zip(variables, store.shape, strict=True)]
     return indices, store.place(indices), store.make(indices)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -103,6 +104,8 @@ def attention(
     scale: float,
     causal: bool,
     window: int,
+    *,
+    products: str = "f32",
 ) -> Lazy:
     kind: attention_family.MaskKind = "none" if mask is None else "bool" if mask.dtype == "b8" else "float"
     head_dim, value_dim = q.shape[-1].constant, v.shape[-1].constant
@@ -110,7 +113,9 @@ def attention(
         raise Unsupported("attention with a symbolic head size has no lowering", hint="make the feature size static")
     if k.dtype != v.dtype or k.dtype not in attention_family.CACHE_TYPES:
         raise Unsupported(f"attention over keys of dtype {k.dtype} and values of dtype {v.dtype} has no lowering")
-    name = f"sv_attention_{head_dim}_{value_dim}_{kind}" + ("" if k.dtype == "f32" else f"_{k.dtype}")
+    short = products == "bf16"
+    name = f"sv_attention{'_short' if short else ''}_{head_dim}_{value_dim}_{kind}"
+    name += "" if k.dtype == "f32" else f"_{k.dtype}"
     q, k, v = (_repeated(x, fact.shape[0]) for x in (q, k, v))
     if k.shape[1] != v.shape[1]:
         k, v = (_repeated(x, *fact.shape[:2]) for x in (k, v))
@@ -121,7 +126,7 @@ def attention(
     flops, traffic = attention_costs(q, k, v, past=past is not None, causal=causal)
     outer = [s for view in ((place, *views)) for s in view.strides[:3]]
     strides = [*outer, *(covering.strides if covering else [index(0)] * 4)]
-    family = attention_family.attention(name, head_dim, value_dim, mask=kind, cache=k.dtype)
+    family = attention_family.attention(name, head_dim, value_dim, mask=kind, cache=k.dtype, products=products)
     part = _part(lowering, product(fact.shape[:3]), value_dim)
     lowering.extern(
         Extern(
@@ -151,6 +156,8 @@ def attention(
             scratch=(f"{name}_scratch", ()),
             flops=flops,
             bytes=traffic,
+            arithmetic="bf16" if short else "f32",
+            formats=("bf16",) if short else (),
             problem=(
                 "attention",
                 f"{k.dtype}/{'causal' if causal else 'full'}",
@@ -160,6 +167,12 @@ def attention(
     )
     dim = fact.shape[3]
     return Lazy(fact.shape, fact.dtype, lambda i: of_buffer(y).load([i[0], i[2], i[1] * dim + i[3]]))
+
+
+@lowers(dialect.attention_bf16.default, bf16=True)
+def attention_bf16(lowering: Lowering, fact: Fact, *operands: Any) -> Lazy:
+    """Products of bfloat16 pairs where the instruction set has them; tuned as the float32 one, which has its tiles."""
+    return attention(lowering, fact, *operands, products="bf16")
 
 
 def _part(lowering: Lowering, rows: Index, value_dim: int) -> Buffer | None:

@@ -6,7 +6,7 @@ A flat offset such as ((b * S + s) * 6 + h) * 32 + d keeps its structure, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any, Union
@@ -86,14 +86,14 @@ class Index:
 
     def __floordiv__(self, other: Number) -> Index:
         bottom = index(other)
-        whole, rest = divide(self, bottom)
+        whole, rest = _nearest(self, bottom)
         if within(rest, bottom):
             return whole
         return whole + atom(Quotient(rest, bottom))
 
     def __mod__(self, other: Number) -> Index:
         bottom = index(other)
-        _, rest = divide(self, bottom)
+        _, rest = _nearest(self, bottom)
         return rest if within(rest, bottom) else atom(Remainder(rest, bottom))
 
     @cached_property
@@ -203,8 +203,9 @@ def product(sizes: Iterable[Number]) -> Index:
     return reduce(Index.__mul__, (index(n) for n in sizes), index(1))
 
 
-def divide(top: Index, bottom: Index) -> tuple[Index, Index]:
-    """top = whole * bottom + rest, moving every term that `bottom` divides into `whole`."""
+def divide(top: Index, bottom: Index, *, to_zero: bool = False) -> tuple[Index, Index]:
+    """top = whole * bottom + rest, moving every term that `bottom` divides into `whole`; coefficients of the rest are
+    not negative unless quotients round to zero."""
     if len(bottom.terms) != 1:
         return (index(1), index(0)) if top == bottom else (index(0), top)
     ((divisor, factor),) = bottom.terms
@@ -215,9 +216,21 @@ def divide(top: Index, bottom: Index) -> tuple[Index, Index]:
             rest.append((monomial, coefficient))
             continue
         quotient, remainder = divmod(coefficient, factor)
+        if to_zero and coefficient < 0 and remainder:
+            quotient, remainder = quotient + 1, remainder - factor
         whole.append((left, quotient))
         rest.append((monomial, remainder))
     return _collect(whole), _collect(rest)
+
+
+def _nearest(top: Index, bottom: Index) -> tuple[Index, Index]:
+    """`divide` in the way that leaves a rest within the divisor, if one does: x - y may need its negative term."""
+    whole, rest = divide(top, bottom)
+    if any(c < 0 for _, c in top.terms) and not within(rest, bottom):
+        other = divide(top, bottom, to_zero=True)
+        if within(other[1], bottom):
+            return other
+    return whole, rest
 
 
 def _divide_monomial(monomial: Monomial, divisor: Monomial) -> Monomial | None:
@@ -230,17 +243,35 @@ def _divide_monomial(monomial: Monomial, divisor: Monomial) -> Monomial | None:
 
 def within(value: Index, limit: Index) -> bool:
     """Whether 0 <= value < limit can be proved from the extents of the variables."""
-    if any(c < 0 for _, c in value.terms):
-        return False
-    highest: dict[Atom, Index] = {}
-    for a in value.atoms:
-        if isinstance(a, Var):
-            highest[a] = a.extent - 1
-        elif isinstance(a, Remainder):
-            highest[a] = a.bottom - 1
-        elif isinstance(a, (Loaded, Quotient)):
-            return False
-    return nonnegative(limit - 1 - value.substitute(highest))
+    bounds = _bounds(value)
+    return bounds is not None and nonnegative(bounds[0]) and nonnegative(limit - 1 - bounds[1])
+
+
+def _bounds(value: Index) -> tuple[Index, Index] | None:
+    """A sum that value is not below and one that it is not above, if there are; atoms are never negative."""
+    highest = {a: _highest(a) for m, _ in value.terms for a in m}
+    known = {a: top for a, top in highest.items() if top is not None}
+    if len(known) < len(highest):
+        return None
+    below = Index(tuple((m, c) for m, c in value.terms if c < 0 or not m))
+    above = Index(tuple((m, c) for m, c in value.terms if c > 0 or not m))
+    return below.substitute(known), above.substitute(known)
+
+
+def _highest(a: Atom) -> Index | None:
+    """The greatest value of an atom that cannot be negative."""
+    if isinstance(a, Size):
+        return atom(a)
+    if isinstance(a, Var):
+        return a.extent - 1
+    if isinstance(a, Remainder):
+        return a.bottom - 1
+    if isinstance(a, Loaded):
+        return None
+    bounds = _bounds(a.top)
+    if bounds is None or not nonnegative(bounds[0]) or None in (bounds[1].constant, a.bottom.constant):
+        return None
+    return bounds[1] // a.bottom
 
 
 def nonnegative(value: Index) -> bool:
@@ -266,21 +297,3 @@ def unflatten(offset: Index, shape: Sequence[Index]) -> list[Index]:
         indices.append(offset % n)
         offset = offset // n
     return [*([offset] if shape else []), *reversed(indices)]
-
-
-def c_text(value: Index, name: Callable[[Atom], str]) -> str:
-    """The expression in C, whose division truncates; `name` renders sizes, variables and integers read from memory."""
-
-    def factor(a: Atom) -> str:
-        if not isinstance(a, (Quotient, Remainder)):
-            return name(a)
-        top, bottom = c_text(a.top, name), c_text(a.bottom, name)
-        if nonnegative(a.top):
-            return f"(({top}) {'/' if isinstance(a, Quotient) else '%'} ({bottom}))"
-        return f"{'sv_floor_div' if isinstance(a, Quotient) else 'sv_floor_mod'}({top}, {bottom})"
-
-    def term(monomial: Monomial, coefficient: int) -> str:
-        factors = [factor(a) for a in monomial]
-        return " * ".join(factors if factors and coefficient == 1 else [str(coefficient), *factors])
-
-    return " + ".join(term(m, c) for m, c in value.terms) or "0"

@@ -179,6 +179,8 @@ class Extern:
     """Weight formats whose kernels the source calls."""
     problem: tuple[str, str, tuple[Index, ...]] | None = None
     """What it may be tuned for: family, format and sizes."""
+    finished: Callable[[Store], Extern] | None = field(default=None, compare=False)
+    """The same call with elementwise work on its only result in it: the step that alone reads the result."""
     label: str = ""
 
 

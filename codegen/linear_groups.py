@@ -12,6 +12,7 @@ from torch import fx
 
 from sylvester.codegen.layout import F32, Format
 from sylvester.compiler import quantized_ops  # noqa: F401  (registers the ops below)
+from sylvester.compiler.errors import Unsupported
 from sylvester.compiler.program import Entry, Program, binding, is_weight, value
 
 aten, dialect = torch.ops.aten, torch.ops.sylvester
@@ -22,6 +23,8 @@ LINEARS: Mapping[Any, str] = {
     dialect.linear_w4a8.default: "q4",
 }
 GATES = (dialect.swiglu.default, dialect.geglu.default)
+WIDENINGS = (dialect.dequantize_w8.default, dialect.dequantize_w4.default, dialect.widen_bf16.default)
+"""Ops that read a weight out of the panels of a low-bit linear layer."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,25 @@ def linear_groups(program: Program) -> dict[str, Groups]:
     A weight is stored once, so layers are only joined when every use of each of their weights is in an equal group.
     """
     found = {name: _candidates(entry) for name, entry in program.entries.items()}
+    low_bit = {key for groups in found.values() for g in groups if g.format != F32 for key in g.weights}
     uses: dict[str, set[Any]] = defaultdict(set)
     for entry_name, entry in program.entries.items():
         members = {node: group for group in found[entry_name] for node in group.nodes}
         for weight in entry.placeholders("weight"):
             for user in weight.users:
+                if binding(weight).key in low_bit and user.target not in (*LINEARS, *WIDENINGS):
+                    _refuse_reader(weight, user)
                 group = members.get(user)
                 uses[binding(weight).key].add((group.weights, group.interleaved) if group else user.name)
     return {name: _settled(groups, uses) for name, groups in found.items()}
+
+
+def _refuse_reader(weight: fx.Node, reader: fx.Node) -> None:
+    raise Unsupported(
+        f"only linear layers of its format read a low-bit weight, found %{reader.name} over %{weight.name}",
+        at=reader,
+        hint="store a copy of the weight under another name",
+    )
 
 
 def weight_of(node: fx.Node) -> fx.Node:
@@ -84,9 +98,12 @@ def _candidates(entry: Entry) -> list[LinearGroup]:
 
 
 def is_stored(node: fx.Node) -> bool:
-    """Whether all parameters of a linear layer are stored weights."""
+    """Whether all parameters of a linear layer are stored: a weight with two axes, and a bias of all its rows."""
     parameters = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, fx.Node)]
-    return bool(parameters) and all(is_weight(p) for p in parameters)
+    if not parameters or not all(is_weight(p) for p in parameters):
+        return False
+    rows, bias = value(weight_of(node)).shape, bias_of(node)
+    return len(rows) == 2 and (bias is None or value(bias).shape == rows[:1])
 
 
 def format_of(node: fx.Node) -> Format:

@@ -11,11 +11,12 @@ from sylvester.codegen.elementwise import call, pointwise
 from sylvester.codegen.families import collapsed, matmul
 from sylvester.codegen.formats import panel_bytes
 from sylvester.codegen.index import Index, index, product
-from sylvester.codegen.layout import F32, PANEL, Layout
+from sylvester.codegen.layout import F32, PANEL, Format, Layout
 from sylvester.codegen.lazy import Buffer, Lazy, Linear, Pointer, RowNorm, Shape, as_strided, of_buffer
 from sylvester.codegen.linear import FEW_ROWS, record_bytes
 from sylvester.codegen.linear_groups import LinearGroup, bias_of
 from sylvester.codegen.lowering import Fact, Lowering, lowers, origin
+from sylvester.codegen.quantized import LARGEST_DEPTH
 from sylvester.codegen.shapes import shape_of
 from sylvester.compiler.errors import Unsupported
 from sylvester.compiler.program import binding, value
@@ -33,6 +34,7 @@ def lower_group(lowering: Lowering, group: LinearGroup) -> dict[fx.Node, Lazy]:
     lead, k = x.shape[:-1], x.shape[-1]
     ways = len(widths) if group.interleaved else 1
     n = widths[0] if group.interleaved else sum(widths)
+    _require_sums_that_fit(group, _number(k))
     outputs = [lowering.buffer("arena", (*lead, index(n)), "f32") for _ in range(ways)]
     norm = x.norm
     rows, stride = row_pointer(lowering, norm.x if norm else x)
@@ -80,6 +82,16 @@ def _number(n: Index) -> int:
     return n.constant
 
 
+def _require_sums_that_fit(group: LinearGroup, k: int) -> None:
+    """Without groups one int32 holds a whole sum of int8 products."""
+    if group.format == Format("q8") and k > LARGEST_DEPTH:
+        raise Unsupported(
+            f"int8 weights with one scale per row take depths up to {LARGEST_DEPTH}, found {k}",
+            at=group.nodes[0],
+            hint="give columns scales in groups, such as Quantize(weights='int8', group=128), or skip the weight",
+        )
+
+
 def stored_weight(group: LinearGroup) -> tuple[Layout, Shape, str]:
     """How the weights of a group are stored, with the shape and dtype of their buffer."""
     ways = len(group.nodes) if group.interleaved else 1
@@ -120,13 +132,14 @@ def row_pointer(lowering: Lowering, x: Lazy) -> tuple[Pointer, Index]:
 
 @lowers(aten.linear.default)
 def linear(lowering: Lowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy | None = None) -> Lazy:
-    """y = x w^T + b with a weight that is computed at run time."""
-    n, k = weight.shape
-    turned = Lazy((k, n), weight.dtype, lambda i: weight.load([i[1], i[0]]))
+    """y = x w^T + b with a weight that is computed at run time or a vector, or a bias that broadcasts."""
+    turned = (
+        weight if len(weight.shape) == 1 else Lazy(weight.shape[::-1], weight.dtype, lambda i: weight.load(i[::-1]))
+    )
     joined = matmul(lowering, fact, x, turned)
     return joined if bias is None else pointwise(fact, lambda a, b: call("add", a, b), joined, bias)
 
 
 @lowers(dialect.linear_bf16.default, dialect.linear_w8a8.default, dialect.linear_w4a8.default)
 def low_bit_linear(lowering: Lowering, fact: Fact, *_: object) -> Lazy:
-    raise Unsupported("a low-bit linear layer needs a stored weight, found one computed at run time")
+    raise Unsupported("a low-bit linear layer needs a stored weight and a stored bias of as many values as it has rows")

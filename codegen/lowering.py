@@ -192,7 +192,8 @@ class Lowering:
 
     def whole(self, tensor: Lazy) -> Buffer | None:
         """The buffer that `tensor` is a plain row-major reading of, or None."""
-        indices, element = tensor.probe
+        indices = [index(0) if n.constant == 1 else i for i, n in zip(tensor.probe[0], tensor.shape, strict=True)]
+        element = tensor.load(indices)
         if not isinstance(element, Load):
             return None
         buffer = self.plan.buffers[element.buffer]
@@ -206,6 +207,12 @@ class Lowering:
             return found
         buffer = self.buffer("arena", tensor.shape, tensor.dtype)
         self.plan.steps.append(Store(buffer.name, tensor.shape, tensor.dtype, tensor.load, buffer.offset))
+        return buffer
+
+    def kept(self, tensor: Lazy) -> Buffer:
+        """`contiguous`, and from now on the ops that read the same value read that buffer."""
+        buffer = self.contiguous(tensor)
+        self.values.update({node: of_buffer(buffer) for node, known in self.values.items() if known is tensor})
         return buffer
 
     def reduce(

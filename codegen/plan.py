@@ -9,7 +9,8 @@ from sylvester.codegen.attention import attention_header
 from sylvester.codegen.costs import Cost, cost
 from sylvester.codegen.emit_loops import LoopFunction, emit, private_buffers
 from sylvester.codegen.formats import format_headers
-from sylvester.codegen.index import Atom, Index, Size, c_text, index
+from sylvester.codegen.index import Atom, Index, Size, index
+from sylvester.codegen.index_text import c_text
 from sylvester.codegen.isa import Isa
 from sylvester.codegen.layout import FormatName
 from sylvester.codegen.lazy import POSITION, Buffer, Plan, Pointer

@@ -18,6 +18,8 @@ from sylvester.codegen.layout import PANEL
 
 GROUPS = (32, 64, 128)
 """Group sizes along k that the kernels take; q8 also takes 0, one scale per row."""
+LARGEST_DEPTH = 1 << 16
+"""Of q8 with one scale per row: a sum of k products of at most 255 * 127 fits an int32."""
 
 Bytes = npt.NDArray[np.uint8]
 _ZERO_Q8 = 128

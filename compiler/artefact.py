@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sylvester.compiler.errors import CompileError
+from sylvester.compiler.knobs import require_threads
 from sylvester.compiler.manifest import NAME, PRODUCER, REPORT, Manifest, read, read_verified
 from sylvester.compiler.registry import loader
 from sylvester.compiler.runner import Runner, RunsElsewhere
@@ -18,8 +19,8 @@ from sylvester.compiler.target import host_architecture
 
 def open_runner(folder: Path, threads: int | None = None) -> Runner:
     """Check every file, then load the code with the loader of the artefact's target."""
-    if threads is not None and threads < 1:
-        raise CompileError(f"threads must be at least 1, found {threads}")
+    if threads is not None:
+        require_threads(threads)
     manifest = read_verified(folder)
     return cast(Runner, loader(manifest.target)(folder, manifest, threads))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from sylvester.compiler import knobs
 from sylvester.compiler.compiled import Compiled
@@ -64,8 +65,9 @@ def key(model: Any, example_inputs: Any, dynamic: Any, target: Target, steps: Se
         return Key("")
     digest = Digest()
     digest.text(own_code(), platform.python_version(), *map(_version, LIBRARIES), *identity)
-    digest.text(repr(target), target.architecture, knobs.CHECK.get(), str(torch.get_default_dtype()))
+    digest.text(repr(target), target.architecture, knobs.CHECK.get(), *_modes())
     try:
+        digest.add([_global_forward_pre_hooks, _global_forward_hooks])
         digest.add(list(steps))
         digest.add((example_inputs, dynamic))
         _add_model(digest, model)
@@ -74,6 +76,12 @@ def key(model: Any, example_inputs: Any, dynamic: Any, target: Target, steps: Se
     except RecursionError:
         return Key("", "it is nested too deeply for a digest")
     return Key(digest.hex())
+
+
+def _modes() -> tuple[str, ...]:
+    """What PyTorch is told outside the model that changes the graph of a trace."""
+    cast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else "no cast"
+    return str(torch.get_default_dtype()), str(torch.get_default_device()), str(cast)
 
 
 def _add_model(digest: Digest, model: Any) -> None:

@@ -51,7 +51,7 @@ def node_cost(node: fx.Node) -> Cost:
 
 def _flops(node: fx.Node, operands: list[Tensor], result: Tensor) -> int:
     if node.target is aten.linear.default:
-        return 2 * result.numel() * operands[1].shape[1]
+        return 2 * result.numel() * operands[1].shape[-1]
     if node.target in MATMULS:
         return 2 * result.numel() * operands[0].shape[-1]
     if "conv" in str(node.target):

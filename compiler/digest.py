@@ -44,6 +44,7 @@ class Digest:
         self._seen: dict[int, int] = {}
         self._alive: list[Any] = []
         self._memory: dict[int, int] = {}
+        self._modules: set[tuple[str, Sequence[str]]] = set()
 
     def hex(self) -> str:
         return self._hash.hexdigest()
@@ -69,8 +70,10 @@ class Digest:
         return True
 
     def _add_object(self, value: Any) -> None:
-        if isinstance(value, (Tensor, np.ndarray)):
+        if isinstance(value, Tensor):
             self._add_tensor(value)
+        elif isinstance(value, np.ndarray):
+            self._add_array(value)
         elif isinstance(value, types.ModuleType):
             self._add_module(value, ())
         elif isinstance(value, type):
@@ -94,14 +97,20 @@ class Digest:
         for part in value:
             self.add(part)
 
-    def _add_tensor(self, value: Any) -> None:
-        array = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(value)
-        if array.layout != torch.strided or array.is_meta:
-            raise Opaque(f"a tensor of layout {array.layout} on {array.device}")
+    def _add_tensor(self, value: Tensor) -> None:
+        array = value.detach()
+        if array.layout != torch.strided or array.is_meta or array.is_quantized:
+            raise Opaque(f"a tensor of type {array.dtype} and layout {array.layout} on {array.device}")
         self.text("tensor", str(array.dtype), str(tuple(array.shape)), str(array.stride()), type(value).__qualname__)
-        if isinstance(value, Tensor):
-            self.text(str(value.device), str(self._memory.setdefault(value.data_ptr(), len(self._memory))))
-        self._hash.update(array.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self.text(str(value.device), str(self._memory.setdefault(value.data_ptr(), len(self._memory))))
+        flat = array.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+        self._hash.update(flat.view(torch.uint8).numpy().data)
+
+    def _add_array(self, value: np.ndarray[Any, Any]) -> None:
+        if value.dtype.hasobject:
+            raise Opaque("an array of objects")
+        self.text("array", str(value.dtype), str(value.shape), str(value.strides))
+        self._hash.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
 
     def _add_instance(self, value: Any) -> None:
         if isinstance(value, enum.Enum):
@@ -135,9 +144,18 @@ class Digest:
         if release:
             self.text(release)
             self.add([part for part in vars(value).values() if _is_patch(part)])
+            self._add_patches(sys.modules.get(value.__module__))
             return
         self.add(value.__bases__)
         self.add({name: part for name, part in vars(value).items() if name not in NOT_CODE})
+
+    def _add_patches(self, module: types.ModuleType | None) -> None:
+        """Functions that were put into a library's module, or into one that it names, from elsewhere."""
+        named = [part for part in vars(module).values() if isinstance(part, types.ModuleType)] if module else []
+        for space in filter(None, [module, *named]):
+            if (space.__name__, "patches") not in self._modules:
+                self._modules.add((space.__name__, "patches"))
+                self.add({name: part for name, part in vars(space).items() if _is_patch(part)})
 
     def _add_function(self, value: types.FunctionType) -> None:
         self.text("function", value.__module__ or "", value.__qualname__)
@@ -163,6 +181,8 @@ class Digest:
                 self._add_module(found, code.co_names)
             elif name in scope:
                 self.add(found)
+        if not {"environ", "getenv"}.isdisjoint(code.co_names):
+            raise Opaque("a function that reads the environment")
         for step in dis.get_instructions(code):
             if step.opname == "IMPORT_NAME" and not _release(str(step.argval)):
                 raise Opaque(f"an import of {step.argval!r} inside a function")
@@ -170,6 +190,9 @@ class Digest:
     def _add_module(self, value: types.ModuleType, names: Sequence[str]) -> None:
         """An installed package by its version; any other module by its text and what the reader names of it."""
         self.text("module", value.__name__)
+        if (value.__name__, names) in self._modules:
+            return
+        self._modules.add((value.__name__, names))
         release = _release(value.__name__)
         if release:
             self.text(release)
@@ -179,8 +202,11 @@ class Digest:
             raise Opaque(f"the module {value.__name__!r}")
         self._hash.update(Path(path).read_bytes())
         for name in names:
-            if hasattr(value, name):
-                self.add(getattr(value, name))
+            part = getattr(value, name, None)
+            if isinstance(part, types.ModuleType):
+                self._add_module(part, names)
+            elif hasattr(value, name):
+                self.add(part)
 
 
 def _shows_all(base: type) -> bool:

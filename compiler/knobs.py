@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from sylvester.compiler import cores
 from sylvester.compiler.errors import CompileError
 
 
@@ -34,6 +35,9 @@ CHECK = Knob("SYLVESTER_CHECK", "1", "0 skips the numerical check of exact passe
 KNOBS = (CC, ISA, THREADS, HUGE_PAGES, CACHE, CACHE_SIZE, REUSE, TUNE, CHECK)
 
 
+MOST_THREADS = 1024
+
+
 def cache_folder() -> Path:
     """The per-user folder of the tuning database, of compiled code and models, and of the C compiler's own cache."""
     return Path(CACHE.get()) if CACHE.get() else Path.home() / ".cache" / "sylvester"
@@ -42,7 +46,7 @@ def cache_folder() -> Path:
 def cache_bytes() -> int:
     """The most that compiled code and models may take up in the cache folder."""
     text = CACHE_SIZE.get()
-    if not text.isdigit():
+    if not text.isdecimal():
         raise CompileError(
             f"{CACHE_SIZE.name} must be a number of megabytes, found {text!r}",
             hint=f"unset {CACHE_SIZE.name}, or 0 to keep nothing",
@@ -50,15 +54,25 @@ def cache_bytes() -> int:
     return int(text) * 1_000_000
 
 
+def require_threads(count: int) -> None:
+    """Refuse a number of threads that no machine can run."""
+    if count < 1:
+        raise CompileError(f"threads must be at least 1, found {count}")
+    if count > MOST_THREADS:
+        raise CompileError(f"threads must be at most {MOST_THREADS}, found {count}", hint="use the number of cores")
+
+
 def threads() -> int:
-    """Threads to use: the knob, else the cores this process may run on."""
+    """Threads to use: the knob, else the cores this process may keep busy."""
     text = THREADS.get()
-    if not text.isdigit():
+    if not text.isdecimal():
         raise CompileError(
             f"{THREADS.name} must be a number of threads, found {text!r}",
             hint=f"unset {THREADS.name}, or 0 for all cores",
         )
-    return int(text) or len(os.sched_getaffinity(0))
+    count = int(text) or cores.usable()
+    require_threads(count)
+    return count
 
 
 def child_environment(**extra: str) -> dict[str, str]:

@@ -148,12 +148,31 @@ def visible(queries: int, keys: int, offset: Tensor | int, causal: bool, window:
     return seen & (j > i - window) if window else seen
 
 
-def _attention_cost(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Cost:
+def repeated_heads(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values [batch, kv heads, keys, d] for every head of q."""
+    groups = q.shape[1] // x.shape[1]
+    return x.repeat_interleave(groups, 1) if groups > 1 else x
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, mask: Tensor | None, past: Tensor | None, scale: float, causal: bool, window: int
+) -> Tensor:
+    """softmax(q k^T * scale + mask) [batch, heads, queries, keys] with as many heads in k; as in `attention`."""
+    scores = q @ k.transpose(-2, -1) * scale
+    if causal or window:
+        seen = visible(q.shape[2], k.shape[2], 0 if past is None else past, causal, window, q.device)
+        scores = scores.masked_fill(~seen, -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, -1).nan_to_num(0.0)
+
+
+def attention_cost(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Cost:
     return Cost(2 * q.numel() * k.shape[-2] * 2, _nbytes(q, k, v, q))
 
 
 @op(
-    cost=_attention_cost,
+    cost=attention_cost,
     examples=(
         ((2, 4, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8), None, None, 0.35, True, 0),
         ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6), (2, 1, 5, 7), None, 0.5, False, 0),
@@ -170,16 +189,8 @@ def attention(
     `window` > 0 keeps the last `window` keys up to the query. With `past` (0-d integer), k and v are caches: query i
     stands at position past + i, and keys after it are not read. A row that sees no key is 0. k and v may be bfloat16.
     """
-    groups = q.shape[1] // k.shape[1]
-    k, v = (t.to(q.dtype) for t in (k, v))
-    k, v = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (k, v))
-    scores = q @ k.transpose(-2, -1) * scale
-    if causal or window:
-        seen = visible(q.shape[2], k.shape[2], 0 if past is None else past, causal, window, q.device)
-        scores = scores.masked_fill(~seen, -math.inf)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return torch.softmax(scores, -1).nan_to_num(0.0) @ v
+    k, v = (repeated_heads(t.to(q.dtype), q) for t in (k, v))
+    return attention_weights(q, k, mask, past, scale, causal, window) @ v
 
 
 @op(cost=elementwise_cost, examples=(((2, 3, 8), (2, 3, 8)),))

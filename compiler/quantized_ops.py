@@ -1,4 +1,4 @@
-"""Dialect ops over low-bit weights: linear layers with bfloat16, int8 and int4 weights, and their widening."""
+"""Dialect ops in low-bit arithmetic: linear layers with bfloat16, int8 and int4 weights, their widening, attention."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sylvester.compiler.ops import Cost, Stored, op
+from sylvester.compiler.ops import (
+    Cost,
+    Ints,
+    Stored,
+    attention,
+    attention_cost,
+    attention_weights,
+    op,
+    repeated_heads,
+)
 
 GROUPS = (32, 64, 128)
 """Sizes of the groups along the depth that share a scale."""
@@ -152,5 +161,29 @@ def widen_bf16(weight: Tensor) -> Tensor:
     return weight.float()
 
 
+@op(
+    cost=attention_cost,
+    examples=(
+        ((2, 4, 12, 8), (2, 2, 12, 8), (2, 2, 12, 8), None, None, 0.35, True, 0),
+        ((2, 4, 15, 7), (2, 4, 7, 7), (2, 4, 7, 6), (2, 1, 15, 7), None, 0.5, False, 0),
+        ((2, 4, 3, 8), (2, 2, 16, 8), (2, 2, 16, 8), None, Ints((), 13), 0.35, True, 0),
+    ),
+)
+def attention_bf16(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: Tensor | None, scale: float, causal: bool, window: int
+) -> Tensor:
+    """`attention` with q, k, v and the softmax rounded to bfloat16 where they are multiplied; all sums are float32.
+
+    A backend may round q times a constant instead of q, round the softmax before its division, or not round at all:
+    each of these is as close to the exact result.
+    """
+    rounded = [t.to(BF16).to(q.dtype) for t in (q, k, v)]
+    q, k, v = rounded[0], *(repeated_heads(t, q) for t in rounded[1:])
+    weights = attention_weights(q, k, mask, past, scale, causal, window)
+    return weights.to(BF16).to(q.dtype) @ v
+
+
 LINEARS = frozenset({torch.ops.aten.linear.default, linear_bf16.target, linear_w8a8.target, linear_w4a8.target})
 """Every op that computes x W^T + bias with x and W as its first two arguments."""
+ATTENTIONS = frozenset({attention.target, attention_bf16.target})
+"""Both attentions; their arguments are the same."""

@@ -32,9 +32,10 @@ def lookup(kind: str, name: str) -> Any:
     """The object registered under `name`; an unknown name is an error with the nearest ones."""
     known = table(kind)
     if name not in known:
-        close = difflib.get_close_matches(name, known, 3, 0.5)
+        names = sorted({**known, **(table("recipes") if kind == "passes" else {})})
+        close = difflib.get_close_matches(name, names, 3, 0.5)
         guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-        raise CompileError(f"no {NOUNS[kind]} named {name!r}", hint=f"{guess}there are {sorted(known)}")
+        raise CompileError(f"no {NOUNS[kind]} named {name!r}", hint=f"{guess}there are {names}")
     return resolve(known[name])
 
 

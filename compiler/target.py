@@ -6,6 +6,7 @@ import platform
 from dataclasses import dataclass, replace
 
 from sylvester.compiler.errors import CompileError
+from sylvester.compiler.knobs import require_threads
 
 BUILT_IN = ("cpu", "reference", "null")
 
@@ -33,11 +34,11 @@ class Target:
     @staticmethod
     def parse(target: Target | str, *, threads: int | None = None, tune: float | None = None) -> Target:
         chosen = target if isinstance(target, Target) else Target(target)
-        if threads is not None and threads < 1:
-            raise CompileError(f"threads must be at least 1, found {threads}")
-        if tune is not None and not tune > 0:
-            raise CompileError(f"tune must be a number of seconds above 0, found {tune}")
+        if threads is not None or chosen.threads:
+            require_threads(chosen.threads if threads is None else threads)
         chosen = chosen if tune is None else replace(chosen, tune=float(tune))
+        if chosen.tune is not None and not chosen.tune > 0:
+            raise CompileError(f"tune must be a number of seconds above 0, found {chosen.tune}")
         return replace(chosen, threads=threads) if threads is not None else chosen
 
 

@@ -12,6 +12,7 @@ PASSES = {
     "fold-weights": "sylvester.passes.fold_weights:FoldWeights",
     "last-logits": "sylvester.passes.last_logits:LastLogits",
     "quantize": "sylvester.passes.quantize:Quantize",
+    "quantize-attention": "sylvester.passes.quantize_attention:QuantizeAttention",
     "quantize-cache": "sylvester.passes.quantize_cache:QuantizeCache",
     "raise-attention": "sylvester.passes.raise_attention:RaiseAttention",
     "raise-glu": "sylvester.passes.raise_glu:RaiseGlu",

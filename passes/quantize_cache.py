@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from sylvester.compiler import ops
 from sylvester.compiler.calls import resized
 from sylvester.compiler.changes import Changes, Refusal
 from sylvester.compiler.pipeline import Contract, Pass
 from sylvester.compiler.program import Entry, Program, binding, value
+from sylvester.compiler.quantized_ops import ATTENTIONS
 
 SHORT = torch.bfloat16
 
@@ -47,7 +47,7 @@ def _refusal(program: Program, key: str) -> Refusal | None:
     for entry in program.entries.values():
         for node in _updates(entry, key):
             for user in node.users:
-                if user.op != "output" and not (user.target is ops.attention.target and node in user.args[1:3]):
+                if user.op != "output" and not (user.target in ATTENTIONS and node in user.args[1:3]):
                     return Refusal(f"%{user.name} reads the cache, expected attention only", user)
     return None
 

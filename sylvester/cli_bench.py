@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from typing import Any
@@ -24,12 +25,11 @@ def measure(runner: Runner, *, runs: int, batch: int, length: int) -> list[dict[
     """
     rows = []
     for name, entry in runner.manifest.entries.items():
-        tokens = tokens_of(name, length)
-        inputs = made_up(entry, batch, tokens)
+        inputs = made_up(entry, batch, tokens_of(name, length))
         state = working_state(runner, name, inputs, length)
         times = [_seconds(runner, name, inputs, state) for _ in range(runs + WARM_UP)][WARM_UP:]
         median = statistics.median(times)
-        work = {"per second": batch * tokens / median} if entry.states else {"per second": batch / median}
+        work = {"per second": _work(entry, inputs) / median}
         unit = {"unit": "tokens" if entry.states else "rows"}
         rows.append(
             {"entry": name, "median ms": median * 1e3, "best ms": min(times) * 1e3, "runs": runs, **work, **unit}
@@ -55,6 +55,12 @@ def _array(spec: TensorSpec, shape: tuple[int, ...]) -> NDArray[Any]:
     return np.random.default_rng(0).standard_normal(shape).astype(dtype)
 
 
+def _work(entry: EntrySpec, inputs: dict[str, NDArray[Any]]) -> int:
+    """Tokens of a call, or rows: those of its first input, as the entry may take fewer than were asked for."""
+    shape = next((array.shape for array in inputs.values() if array.shape), (1,))
+    return math.prod(shape[:2]) if entry.states else shape[0]
+
+
 def tokens_of(entry: str, length: int) -> int:
     """Tokens per row of a call: a decode step adds one to a state that holds `length`."""
     return 1 if entry == "decode" else length
@@ -65,9 +71,14 @@ def working_state(runner: Runner, entry: str, inputs: dict[str, NDArray[Any]], l
     if not runner.manifest.entries[entry].states:
         return None
     state = runner.new_state(entry, inputs)
-    longest = runner.manifest.generation.max_length if runner.manifest.generation else length + 1
-    state.position = min(length, longest - 1) if entry == "decode" else 0
+    state.position = fitting(runner, entry, length) if entry == "decode" else 0
     return state
+
+
+def fitting(runner: Runner, entry: str, length: int) -> int:
+    """The length that a language model has room for: one less before a decode step."""
+    generation = runner.manifest.generation
+    return min(length, generation.max_length - int(entry == "decode")) if generation else length
 
 
 def _seconds(runner: Runner, entry: str, inputs: dict[str, NDArray[Any]], state: State | None) -> float:

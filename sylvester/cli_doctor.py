@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sylvester import __version__
-from sylvester.compiler import knobs
+from sylvester.compiler import cores, knobs
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.progress import Progress
 from sylvester.compiler.store import store
@@ -29,7 +29,7 @@ def examine() -> dict[str, Any]:
         "compiler": _compiler(problems),
         "machine": platform.machine(),
         "cpu features": _features(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores.usable(),
         "cache": _cache(problems),
         "kept": _kept(problems),
         "switches": {knob.name: knob.get() for knob in knobs.KNOBS},

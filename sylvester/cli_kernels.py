@@ -8,7 +8,7 @@ from typing import Any
 
 from sylvester.backends.cpu_profile import Bound, KernelTime, bound, entry_bound, profile, streamed
 from sylvester.backends.limits import Limits, measure
-from sylvester.cli_bench import made_up, tokens_of, working_state
+from sylvester.cli_bench import fitting, made_up, tokens_of, working_state
 from sylvester.cli_show import table
 from sylvester.compiler.errors import ToolchainMissing
 from sylvester.compiler.progress import Progress
@@ -26,6 +26,7 @@ def kernel_report(
     )
     inputs = made_up(runner.manifest.entries[name], batch, tokens_of(name, length))
     times = profile(runner, name, inputs, working_state(runner, name, inputs, length), runs)
+    length = fitting(runner, name, length)
     groups: dict[str, list[KernelTime]] = {}
     for time in times:
         groups.setdefault(time.kernel.title, []).append(time)

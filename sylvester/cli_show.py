@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,8 +14,16 @@ from sylvester.compiler.progress import Progress, silent
 
 
 def emit(facts: object, text: str, as_json: bool) -> None:
-    """The JSON value, or the text."""
-    print(json.dumps(facts) if as_json else text)
+    """The JSON value, or the text. JSON has no word for NaN and infinities: they become null."""
+    print(json.dumps(_finite(facts), allow_nan=False) if as_json else text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -22,6 +22,8 @@ Rows = list[dict[str, Any]]
 def measure(model: str, passes: list[str], seconds: float, threads: int | None, progress: Progress) -> Rows:
     """Tune what a model or an artefact runs; a row per problem."""
     problems, target = problems_of(model, passes), Target.parse("cpu", threads=threads, tune=seconds)
+    if not any(problems.values()):
+        raise CompileError(f"{model!r} runs no kernel that can be tuned", hint="linear layers and attention can")
     compiler = find_compiler()
     isas = variants(_formats(problems), target.architecture)
     found: Tuning = tune(problems, isas, target, compiler, seconds=seconds, progress=progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from sylvester.__main__ import main
+from sylvester.cli_show import emit
 from sylvester.compiler import knobs
 from sylvester.compiler.manifest import read
 from tests import artefacts
@@ -131,6 +133,26 @@ def test_bench_reports_every_entry(lm, capsys):
     assert [row["entry"] for row in rows] == ["prefill", "decode"]
     assert all(row["best ms"] <= row["median ms"] for row in rows)
     assert rows[0]["per second"] == pytest.approx(8e3 / rows[0]["median ms"])
+
+
+def test_bench_counts_the_tokens_that_fit(lm, capsys):
+    prefill, _ = run_json(capsys, "bench", lm, "--runs", "3", "--length", "1000000", "--batch", "2")["entries"]
+    longest = read(Path(lm)).generation.max_length
+
+    assert prefill["per second"] == pytest.approx(2e3 * longest / prefill["median ms"])
+
+
+def test_nothing_to_tune_is_said(tmp_path, capsys):
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "tuning.json").write_text(json.dumps({"problems": {"forward": []}}))
+
+    assert "runs no kernel that can be tuned" in failure(capsys, "tune", str(tmp_path))
+
+
+def test_json_has_no_nan(capsys):
+    emit({"rows": [{"max": math.inf, "mean": math.nan, "min": 1.0}]}, "", as_json=True)
+
+    assert json.loads(capsys.readouterr().out) == {"rows": [{"max": None, "mean": None, "min": 1.0}]}
 
 
 def test_show_lists_entries_and_files(lm, capsys):

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import sylvester as sv
 from sylvester.backends import toolchain
+from sylvester.backends.cpu import Cpu
 from sylvester.backends.toolchain import build_shared
 from sylvester.codegen.isa import SCALAR
-from sylvester.compiler import driver, knobs
+from sylvester.compiler import compile_cache, driver, knobs
 from sylvester.compiler.store import store
 from sylvester.compiler.target import host_architecture
 
@@ -155,6 +157,25 @@ def test_other_options_are_another_artefact(traces, options):
     compiled(network(), **options).close()
 
     assert len(traces) == 2
+
+
+def test_modes_of_pytorch_are_another_artefact():
+    def text() -> str:
+        return compile_cache.key(network(), (X,), None, TARGET, (), Cpu()).text
+
+    plain = text()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = text()
+    with torch.device("meta"):
+        elsewhere = text()
+
+    hook = register_module_forward_hook(lambda module, given, result: result + 1)
+    hooked = text()
+    hook.remove()
+
+    assert len({plain, cast, hooked}) == 3
+    assert elsewhere not in (plain, cast)
+    assert text() == plain
 
 
 def test_options_of_passes_count(traces):

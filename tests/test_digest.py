@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
+import os
 import subprocess
 import sys
 import threading
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -110,11 +113,49 @@ def test_code_reached_through_globals_counts(monkeypatch):
     assert len({before, other_value, other_function}) == 3
 
 
+def test_code_behind_modules_of_modules_counts(tmp_path, monkeypatch):
+    (tmp_path / "outer_of_digest").mkdir()
+    (tmp_path / "outer_of_digest" / "__init__.py").write_text("from . import inner\n")
+    (tmp_path / "outer_of_digest" / "inner.py").write_text(
+        "from . import helper\nfrom .helper import scale\ndef run(x): return scale(x)\n"
+    )
+    (tmp_path / "outer_of_digest" / "helper.py").write_text("from . import inner\ndef scale(x): return x * 2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    outer = importlib.import_module("outer_of_digest")
+    reader = eval("lambda x: outer.inner.run(x)", {"outer": outer})
+    before = digest(reader)
+    monkeypatch.setattr(outer.inner.scale, "__code__", (lambda x: x * 3).__code__)
+
+    assert digest(reader) != before
+
+
+def test_arrays_and_views_of_every_kind_have_digests():
+    backwards = np.arange(6)[::-1]
+    read_only = np.frombuffer(bytes(8), np.float32)
+    turned = torch.ones(3, dtype=torch.complex64).conj()
+    foreign = np.ones(3, ">f4")
+
+    assert len({digest(v) for v in (backwards, backwards + 1, read_only, turned, torch.ones(3), foreign)}) == 6
+    assert digest(turned.imag) != digest(turned.imag + 1)
+
+
 def test_patched_library_classes_count(monkeypatch):
     before = digest(model())
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: x)
 
     assert digest(model()) != before
+
+
+def test_patched_library_functions_count(monkeypatch):
+    before = digest(model())
+    monkeypatch.setattr(nn.functional, "linear", lambda x, w, b=None: x)
+
+    assert digest(model()) != before
+
+
+def test_reading_the_environment_is_refused():
+    with pytest.raises(Opaque, match="reads the environment"):
+        digest(lambda x: x if os.environ else 2 * x)
 
 
 def test_closures_count():
@@ -136,8 +177,14 @@ def test_sharing_and_cycles_count():
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(threading.Lock(), "lock"), (iter([1]), "list_iterator"), (torch.ones(2, 2).to_sparse(), "layout")],
-    ids=["lock", "iterator", "sparse"],
+    [
+        (threading.Lock(), "lock"),
+        (iter([1]), "list_iterator"),
+        (torch.ones(2, 2).to_sparse(), "layout"),
+        (torch.ones(2, device="meta"), "meta"),
+        (np.array([object()]), "objects"),
+    ],
+    ids=["lock", "iterator", "sparse", "meta", "objects"],
 )
 def test_what_cannot_be_followed_is_refused(value, message):
     changed = model()

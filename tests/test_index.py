@@ -17,7 +17,6 @@ from sylvester.codegen.index import (
     Size,
     Var,
     atom,
-    c_text,
     flatten,
     index,
     nonnegative,
@@ -25,6 +24,7 @@ from sylvester.codegen.index import (
     unflatten,
     within,
 )
+from sylvester.codegen.index_text import c_text
 
 SIZES = (Size("s0"), Size("s1"))
 FIXED = (Var("i0", index(4)), Var("i1", index(7)))
@@ -129,6 +129,20 @@ def test_proofs_are_sound(value: Index, limit: Index, values: Values) -> None:
         assert found >= 0
     if within(value, limit):
         assert 0 <= found < evaluate(limit, values)
+
+
+def test_the_other_half_of_a_row_needs_no_division() -> None:
+    """The partner of feature f among pairs of halves is f % 32 + (1 - f // 32) * 32, read through a view of heads."""
+    f, head, token = (atom(Var(n, index(extent))) for n, extent in (("f", 64), ("h", 12), ("t", 9)))
+    partner = f % 32 + (1 - f // 32) * 32
+
+    assert unflatten(flatten([token, head, partner], [9, 12, 64]), [index(9), index(768)]) == [
+        token,
+        head * 64 + partner,
+    ]
+    assert within(partner, index(64))
+    assert not within(partner, index(63))
+    assert not within(partner - 1, index(64))
 
 
 def test_proofs_that_lowering_relies_on() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sylvester.codegen.attention import Tuning, attention, attention_header, part_floats
-from sylvester.codegen.bfloat16 import bf16_bits, bf16_values
+from sylvester.codegen.bfloat16 import bf16_bits, bf16_values, header
 from tests.kernel_harness import export, load, run, strides, supported, team
 
 DIMS = [(64, 64), (7, 5), (40, 33)]
@@ -180,3 +180,48 @@ def test_rows_that_see_nothing_are_zero_and_nan_stays(isa):
     assert (y[0, 0, :2] == 0).all()
     assert (y[0, 0, 2:6] == 1).all()
     assert np.isnan(y[0, 0, 6:]).all()
+
+
+def rounded(x):
+    return bf16_values(bf16_bits(x))
+
+
+def check_short(lib, made, instance, case, *, rounds):
+    """Few rows are computed as ever; many are near the exact result, and not it where operands are rounded."""
+    d, dv, mask_kind, cache = instance
+    rng = np.random.default_rng(0)
+    batch, heads, kv_heads, rows, _, keys, *_ = case
+    y, q, stored, (k, v) = make_operands(rng, d, dv, cache, case)
+    mask = make_mask(rng, mask_kind, (batch, heads, rows, keys))
+    args = pack_args(y, q, *stored, mask, case)
+    assert run(lib, made, name_of(*instance), [], [np.frombuffer(args, np.uint8)]) == 0
+    exact = reference(q, k, v, mask, case)
+    if not rounds or rows * heads // kv_heads <= 8:
+        np.testing.assert_allclose(y, exact, rtol=1e-5, atol=3e-6, err_msg=str((instance, case)))
+        return
+    short = reference(rounded(q), rounded(k), rounded(v), mask, case)
+    np.testing.assert_allclose(y, short, rtol=0, atol=2e-2, err_msg=str((instance, case)))
+    error = np.linalg.norm(y - exact) / np.linalg.norm(exact)
+    assert (1e-4 if rows > 30 else 0) < error < 8e-3, (instance, case)
+
+
+def short_source(dot, isa):
+    """Instances with bfloat16 products, after the pairs of the instruction set, portable ones, or none."""
+    parts = [f"#define SV_BF16_DOT {int(dot)}\n", header(isa), attention_header()]
+    for instance in SHORT:
+        name = name_of(*instance)
+        parts += [attention(name, *instance, products="bf16"), export(name, f"{name}(t, p[0]);", f"{name}_scratch")]
+    return "".join(parts)
+
+
+SHORT = [(64, 64, "none", "f32"), (7, 5, "float", "f32"), (40, 33, "bool", "bf16"), (7, 5, "none", "bf16")]
+
+
+@pytest.mark.parametrize("dot", [True, False], ids=["rounded", "float32"])
+@pytest.mark.parametrize("isa", supported("bf16"), ids=lambda isa: isa.name)
+def test_bfloat16_products(isa, dot):
+    lib = load(short_source(dot, isa), isa)
+    with team(lib, 2) as made:
+        for instance in SHORT:
+            for case in CASES:
+                check_short(lib, made, instance, case, rounds=dot)

@@ -25,10 +25,24 @@ CASES = [
     (Conv2d(40, 40, (3, 3), padding=(1, 1), groups=40), 1, 5, 40),
     (Conv2d(2, 4, (5, 5), padding=(4, 4)), 1, 2, 3),
     (Conv2d(4, 5, (7, 7), (2, 2), (3, 3)), 1, 70, 75),
+    (Conv2d(3, 3, (7, 7), padding=(3, 3), groups=3), 2, 7, 7),
+    (Conv2d(3, 3, (7, 7), padding=(3, 3), groups=3), 1, 14, 14),
+    (Conv2d(3, 3, (7, 7), padding=(3, 3), groups=3), 1, 150, 67),
+    (Conv2d(3, 3, (3, 3), (2, 2), (1, 1), groups=3), 2, 113, 112),
+    (Conv2d(2, 2, (3, 5), (3, 3), (1, 1), (2, 1), groups=2), 1, 61, 200),
+    (Conv2d(2, 2, (3, 3), (3, 3), (1, 1), groups=2), 1, 4, 1),
+    (Conv2d(2, 2, (1, 70), padding=(0, 69), groups=2), 1, 1, 300),
+    (Conv2d(2, 2, (11, 9), (2, 1), (5, 4), groups=2), 1, 40, 33),
 ]
 CALL = "(t, p[0], p[1], p[2], p[3], i[0], i[1], i[2], i[3], i[4]);"
+
+
+def scratch(n: int, conv: Conv2d) -> str:
+    return f"conv{n}_scratch(i[2], i[3])" if conv.depthwise else f"conv{n}_scratch"
+
+
 SOURCE = "".join(
-    conv2d(f"conv{n}", case[0]) + export(f"conv{n}", f"conv{n}{CALL}", f"conv{n}_scratch")
+    conv2d(f"conv{n}", case[0]) + export(f"conv{n}", f"conv{n}{CALL}", scratch(n, case[0]))
     for n, case in enumerate(CASES)
 )
 

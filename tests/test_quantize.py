@@ -1,4 +1,4 @@
-"""Quantize, QuantizeCache and the recipes: integers against numpy, sharing, refusals, what the ledger says."""
+"""Passes that round, and the recipes: integers against numpy, sharing, refusals, what the ledger says."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from sylvester.compiler.causal_lm import chunked_error
 from sylvester.compiler.driver import resolve_passes
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.ledger import Ledger
+from sylvester.compiler.ops import attention
 from sylvester.compiler.pipeline import Pipeline
 from sylvester.compiler.program import Program, binding
 from sylvester.compiler.quantization import round_int4, round_int8
 from sylvester.passes.quantize import Quantize
+from sylvester.passes.quantize_attention import QuantizeAttention
 from sylvester.passes.quantize_cache import QuantizeCache
 from tests import zoo
 from tests.programs import ops, program, reasons
@@ -302,9 +304,9 @@ def test_reference_backend_generates() -> None:
 
 
 def test_recipes_are_lists_of_passes() -> None:
-    assert resolve_passes("w4a8") == (Quantize("int4"), QuantizeCache())
-    assert resolve_passes(["canonicalize", "bf16"])[1:] == (Quantize("bf16"), QuantizeCache())
-    with pytest.raises(CompileError, match="no pass named 'w4a9'"):
+    assert resolve_passes("w4a8") == (Quantize("int4"), QuantizeCache(), QuantizeAttention())
+    assert resolve_passes(["canonicalize", "bf16"])[1:] == (Quantize("bf16"), QuantizeCache(), QuantizeAttention())
+    with pytest.raises(CompileError, match=r"no pass named 'w4a9'\n.*did you mean 'w4a8'"):
         resolve_passes("w4a9")
 
 
@@ -326,3 +328,26 @@ def test_a_program_without_caches_keeps_none() -> None:
 
     assert not after.state
     assert reasons(ledger) == ["the program has no caches"]
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["caches first", "attention first"])
+def test_attention_multiplies_bfloat16(language_model: Program, before: bool) -> None:
+    steps = [QuantizeCache(), QuantizeAttention()]
+    after, ledger = run(language_model, *(steps if before else reversed(steps)))
+
+    for entry, old in zip(after.entries.values(), language_model.entries.values(), strict=True):
+        assert not entry.calls(attention.target)
+        assert len(entry.calls(dialect.attention_bf16.target)) == len(old.calls(attention.target)) > 0
+    cache, product = ledger.rows if before else reversed(ledger.rows)
+    assert cache.changes.counts() == {"cache": len(after.state)}
+    assert 0 < product.measured[0].error < 1e-2
+
+
+def test_wider_attention_is_left() -> None:
+    q, k, v = (torch.randn(1, 2, 3, 8, dtype=torch.float64) for _ in range(3))
+    made = program(lambda *x: attention(*x, None, None, 0.5, True, 0), q, k, v)
+
+    after, ledger = run(made, QuantizeAttention())
+
+    assert "sylvester.attention" in ops(after)
+    assert reasons(ledger) == ["it computes in torch.float64, expected torch.float32"]

@@ -198,3 +198,34 @@ def test_costs_count_the_bytes_that_are_stored() -> None:
     assert costs[dialect.linear_w8a8.target].bytes == moved + n * k + 4 * n
     assert costs[dialect.linear_w4a8.target].bytes == moved + n * k // 2 + 4 * n
     assert costs[dialect.dequantize_w4.target].bytes == n * k // 2 + 4 * n + 4 * n * k
+
+
+def _shortened(x: Tensor) -> Tensor:
+    return x.bfloat16().double()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_rounds_operands_and_weights(masked: bool) -> None:
+    q, k, v = torch.randn(2, 4, 9, 7), torch.randn(2, 2, 11, 7), torch.randn(2, 2, 11, 5)
+    mask = torch.rand(2, 1, 9, 11) < 0.7 if masked else None
+    wide = [_shortened(x) for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))]
+    scores = wide[0] @ wide[1].transpose(2, 3) * 0.3
+    weights = torch.softmax(scores if mask is None else scores.masked_fill(~mask, -torch.inf), -1)
+
+    y = dialect.attention_bf16(q, k, v, mask, None, 0.3, False, 0)
+
+    assert y.dtype == torch.float32
+    expected = _shortened(weights.nan_to_num(0.0)) @ wide[2]
+    assert (y - expected).norm() / expected.norm() < 3e-4
+    exact = weights.nan_to_num(0.0) @ v.repeat_interleave(2, 1).double()
+    assert (y - exact).norm() / exact.norm() > 5e-4
+
+
+def test_attention_with_float64_stays_wide() -> None:
+    q, k, v = (torch.randn(1, 1, 4, 8, dtype=torch.float64) for _ in range(3))
+    wide = [_shortened(x) for x in (q, k, v)]
+    weights = torch.softmax(wide[0] @ wide[1].transpose(2, 3), -1)
+
+    y = dialect.attention_bf16(q, k, v, None, None, 1.0, False, 0)
+
+    torch.testing.assert_close(y, _shortened(weights) @ wide[2], rtol=1e-14, atol=1e-14)

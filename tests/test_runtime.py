@@ -153,6 +153,11 @@ def test_threads_come_from_argument_then_knob_then_manifest(folder, monkeypatch)
     assert artefact.open_runner(folder, threads=5).threads == 5
     with pytest.raises(CompileError, match="threads must be at least 1, found 0"):
         artefact.open_runner(folder, threads=0)
+    with pytest.raises(CompileError, match="threads must be at most 1024, found 20000"):
+        artefact.open_runner(folder, threads=20000)
+    monkeypatch.setenv(knobs.THREADS.name, "20000")
+    with pytest.raises(CompileError, match="threads must be at most 1024, found 20000"):
+        artefact.open_runner(folder)
 
 
 def test_threads_of_python_share_an_engine(engine):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import pytest
 
 from sylvester.backends import toolchain
-from sylvester.backends.toolchain import BuildFailed, Compiler, ToolchainMissing, build_shared, find_compiler
+from sylvester.backends.toolchain import BuildFailed, Compiler, ToolchainMissing, build_shared, find_compiler, version
 from sylvester.codegen.isa import AMX, AVX512, DOTPROD, NEON, SCALAR, Isa
 from sylvester.compiler.target import host_architecture
 
@@ -108,3 +109,13 @@ def test_no_flag_relaxes_arithmetic():
     flags = Compiler(("gcc",), "gcc").arguments(AVX512)
 
     assert not [flag for flag in flags if "fast-math" in flag or "finite" in flag or "associative" in flag]
+
+
+def test_words_after_the_compiler_are_part_of_its_version():
+    gcc = Compiler(("gcc",), "gcc")
+    assert version(replace(gcc, command=("gcc", "-O0"))) == f"{version(gcc)} -O0"
+
+    assert find_compiler(" ") == find_compiler("")
+    zig = find_compiler("ziglang -fno-builtin")
+    assert zig.command[-1] == "-fno-builtin"
+    assert version(zig) == f"{version(find_compiler('ziglang'))} -fno-builtin"

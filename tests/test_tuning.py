@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,20 +14,21 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sylvester as sv
+from sylvester.backends import cpu_library
 from sylvester.backends import tuner as tuner_module
 from sylvester.backends.halving import FIRST_ROUND
 from sylvester.backends.toolchain import find_compiler
 from sylvester.backends.tuner import Setting, Tuner
-from sylvester.backends.tuning import best_for_program, gain, read_problems, tune
+from sylvester.backends.tuning import best_for_program, gain, read_problems, runnable, tune
 from sylvester.backends.tuning_bench import Bench, WrongCandidate, build
 from sylvester.backends.tuning_database import Database, Entry, Key, Time, default_path
 from sylvester.codegen.compile import program_problems
-from sylvester.codegen.isa import AVX512, SCALAR
+from sylvester.codegen.isa import AVX512, SCALAR, variants
 from sylvester.codegen.problems import DECODE_KEYS, worth_tuning
 from sylvester.codegen.space import Candidate, Problem, Space, row_class
 from sylvester.codegen.tunable import family_of
 from sylvester.compiler.errors import CompileError, Unsupported
-from sylvester.compiler.target import Target
+from sylvester.compiler.target import Target, host_architecture
 
 TINY = Problem.linear("f32", 3, 40, 33)
 DEFAULT, OTHER = Candidate(), Candidate({"A": 1})
@@ -267,6 +270,21 @@ def test_compile_tunes_within_seconds_and_the_artefact_knows_its_problems(own_ca
     assert read_problems(tmp_path / "saved") == {"forward": {TINY: 1}}
 
 
+def test_the_variant_to_tune_is_the_one_that_will_be_loaded(monkeypatch):
+    isas = variants(("q8", "bf16"), host_architecture())
+    monkeypatch.setattr(cpu_library, "cpu_level", lambda baseline: 5)
+    monkeypatch.setattr(cpu_library, "_open", lambda baseline: SimpleNamespace(sv_permit_tiles=lambda: -1))
+    best = runnable(isas, Target(), find_compiler())
+    monkeypatch.setenv("SYLVESTER_ISA", isas[0].name)
+    forced = runnable(isas, Target(), find_compiler())
+    monkeypatch.setenv("SYLVESTER_ISA", "unknown")
+
+    assert best == [isa for isa in isas if not isa.permission][-1]
+    assert forced == isas[0]
+    with pytest.raises(Unsupported, match="SYLVESTER_ISA='unknown'"):
+        runnable(isas, Target(), find_compiler())
+
+
 def test_kernels_that_are_not_known_make_one_note(own_cache):
     other = Problem.linear("f32", 3, 64, 33)
     setting = Setting(SCALAR, 1, find_compiler())
@@ -308,6 +326,8 @@ def test_other_targets_and_bad_times_are_refused():
         sv.compile(model, inputs, target="null", tune=1)
     with pytest.raises(CompileError, match="tune must be a number of seconds above 0, found 0"):
         sv.compile(model, inputs, tune=0)
+    with pytest.raises(CompileError, match="tune must be a number of seconds above 0, found nan"):
+        sv.compile(model, inputs, target=sv.Target("cpu", tune=math.nan))
 
 
 def test_default_path_is_in_the_cache_folder(monkeypatch, tmp_path):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import sqlite3
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from sylvester.__main__ import main
 from sylvester.backends.tuning_database import SCHEMA, Database, DatabaseError, Entry, Key, Time
-from sylvester.backends.tuning_exchange import explain, export, merge
+from sylvester.backends.tuning_exchange import FORMAT, explain, export, merge
 
 KEY = Key("hash", "linear f32 1x768x768 f32", "cpu avx2", 2, "zig 1")
 WRITERS, WRITES = 3, 20
@@ -115,6 +116,30 @@ def test_foreign_files_are_refused_and_nothing_is_taken(tmp_path, text, message)
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"margin": math.nan},
+        {"margin": math.inf},
+        {"chosen": "\ud800"},
+        {"times": {"default": {"median": 1 << 70, "samples": [], "dropped": False}}},
+        {"times": {"default": {"median": math.inf, "samples": [], "dropped": False}}},
+        {"times": {"default": {"median": 1, "samples": [-1], "dropped": False}}},
+    ],
+    ids=str,
+)
+def test_values_no_race_can_give_are_refused_and_nothing_is_taken(tmp_path, change):
+    good = asdict(entry())
+    damaged = {**good, "key": {**good["key"], "threads": 3}, **change}
+    path = tmp_path / "e.json"
+    path.write_text(json.dumps({"format": FORMAT, "entries": [good, damaged]}))
+
+    with Database(tmp_path / "t.sqlite") as database:
+        with pytest.raises(DatabaseError, match="has a damaged entry"):
+            merge(database, path)
+        assert database.entries() == []
+
+
+@pytest.mark.parametrize(
     ("asked", "answer"),
     [
         ({}, "A=1, measured 2026-01-01"),
@@ -172,6 +197,19 @@ def test_folder_that_cannot_be_made_is_an_error(tmp_path):
 
     with pytest.raises(DatabaseError, match="cannot use the tuning database"):
         Database(tmp_path / "file" / "t.sqlite")
+
+
+def test_a_place_that_cannot_be_written_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "t #1.sqlite"
+    with Database(path) as database:
+        database.record(entry())
+    monkeypatch.setattr("os.access", lambda *_: False)
+
+    with Database(path) as database:
+        assert database.look_up(KEY) == entry()
+        with pytest.raises(DatabaseError, match="readonly"):
+            database.record(entry(chosen="default"))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_commands_export_merge_and_explain(tmp_path, monkeypatch, capsys):

@@ -32,9 +32,9 @@ class Task:
 
     def checkpoint_module(self, dtype: Any) -> Any:
         if self.work.kind == "zoo":
-            from tests import zoo
+            from benchmarks.suite.vision import case
 
-            return zoo.case(self.work.shape).model.to(dtype)
+            return case(self.work.shape).model.to(dtype)
         return self.checkpoint.load(dtype)
 
 

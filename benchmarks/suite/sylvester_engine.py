@@ -37,9 +37,10 @@ def _full(task: Task) -> Callable[[], NDArray[Any]]:
 
 
 def _zoo(task: Task) -> Callable[[], NDArray[Any]]:
+    from benchmarks.suite.vision import case as case_of
     from tests import zoo
 
-    case = zoo.case(task.work.shape)
+    case = case_of(task.work.shape)
     compiled = sv.compile(case.model, dict(case.inputs), dynamic=case.dynamic, threads=task.threads)
 
     def step() -> NDArray[Any]:

@@ -103,9 +103,10 @@ def _cached(task: Task, model: nn.Module, dtype: torch.dtype) -> tuple[Cached, T
 
 def _module_step(task: Task, model: Callable[..., Any]) -> Callable[[], Tensor]:
     if task.work.kind == "zoo":
+        from benchmarks.suite.vision import case
         from tests import zoo
 
-        inputs = zoo.case(task.work.shape).inputs
+        inputs = case(task.work.shape).inputs
         return lambda: zoo.tensors(model(**inputs))[0]
     ids = token_ids("B", task.work.batch, SEQUENCE)
     mask = torch.ones_like(ids)

@@ -1,4 +1,7 @@
-"""Image models of real size with random weights, built from their configurations: batch 1, 224 x 224 pixels."""
+"""Models that are measured whole: those of tests/zoo.py, and image models of real size at 224 x 224 pixels, batch 1.
+
+The image models have random weights and are built from their configurations.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,14 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.nn import init
 
+from tests import zoo
+
 MODELS = {
     "resnet50": lambda: hf.ResNetModel(hf.ResNetConfig()),
     "mobilenet-v2": lambda: hf.MobileNetV2Model(hf.MobileNetV2Config()),
     "convnext-tiny": lambda: hf.ConvNextModel(hf.ConvNextConfig()),
 }
-NAMES = tuple(MODELS)
+IMAGES = tuple(MODELS)
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,13 @@ class Case:
     dynamic: dict[str, dict[int, object]]
 
 
+def case(name: str) -> Case | zoo.Case:
+    """The model of a name of `IMAGES` or of the zoo."""
+    return _image_case(name) if name in IMAGES else zoo.case(name)
+
+
 @functools.cache
-def case(name: str) -> Case:
+def _image_case(name: str) -> Case:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(sum(name.encode()))
         model = MODELS[name]().eval()

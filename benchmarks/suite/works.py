@@ -24,7 +24,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Work:
-    """`kind`: decode (one token at CONTEXT), prefill (PROMPT tokens), encode (SEQUENCE tokens) or zoo."""
+    """`kind`: decode (one token at CONTEXT), prefill (PROMPT tokens), encode (SEQUENCE tokens), zoo (whole models)."""
 
     name: str
     shape: str
@@ -79,25 +79,29 @@ FULL = [
 
 
 def find(name: str) -> Work:
-    """The work of this name; `zoo-...` is a model of tests/zoo.py."""
+    """The work of this name; `zoo-...` is a model of tests/zoo.py, `vision-...` an image model of real size."""
     known = {work.name: work for work in FULL}
-    return known[name] if name in known else zoo_work(name.removeprefix("zoo-"))
+    return known[name] if name in known else whole_model(*name.split("-", 1))
 
 
-def zoo_work(model: str) -> Work:
-    return Work(f"zoo-{model}", model, "zoo", ("fp32",), goals={"fp32": Goal(1.0)})
+def whole_model(kind: str, model: str) -> Work:
+    return Work(f"{kind}-{model}", model, "zoo", ("fp32",), goals={"fp32": Goal(1.0)})
 
 
 def chosen(names: Sequence[str]) -> list[Work]:
-    """Works whose name is given or starts with a given part: `zoo` is every zoo model. Nothing given: all."""
+    """Works whose name is given or starts with a given part: `zoo` is every zoo model,
+    `vision` every image model. Nothing given: all."""
     works = list(FULL)
-    if not names or any(name.startswith("zoo") for name in names):
+    if not names or any(name.startswith(("zoo", "vision")) for name in names):
+        from benchmarks.suite.vision import IMAGES
         from tests import zoo
 
-        works += [zoo_work(model) for model in zoo.NAMES]
+        works += [whole_model("zoo", model) for model in zoo.NAMES]
+        works += [whole_model("vision", model) for model in IMAGES]
     for name in names:
         if not any(_fits(work, name) for work in works):
-            raise ValueError(f"no work {name!r}, expected one of {', '.join(w.name for w in works)}, zoo, zoo-MODEL")
+            known = ", ".join(w.name for w in works)
+            raise ValueError(f"no work {name!r}, expected one of {known}, zoo, zoo-MODEL, vision, vision-MODEL")
     return [work for work in works if not names or any(_fits(work, name) for name in names)]
 
 
