@@ -34,6 +34,8 @@ from tests.sampling import SIZES, Case, Sample
 RELATIVE = 1e-5
 KEPT_WIDER = {torch.ops.sylvester.linear_bf16.default: 4e-2, torch.ops.sylvester.attention_bf16.default: 8e-2}
 """Relative error of ops whose operands the reference rounds and a variant without such products does not."""
+ROUNDS_INSIDE = {torch.ops.sylvester.attention_bf16.default: 4e-2}
+"""Relative error of ops that round computed values: near a tie float32 and float64 go different ways."""
 VARIANTS = 4
 MULTIPLES = (1, 1, 3, 5, 7)
 WITHOUT_CASE = {operator.getitem}
@@ -181,7 +183,8 @@ def test_reference_agrees_with_float64(name: str, reference_runner: reference.Re
 
     found = reference_runner.run(name, inputs(case, tensors))
 
-    check([torch.from_numpy(a) for a in found.values()], case.call(tensors, SIZES[0], wide=True), case)
+    expected, relative = case.call(tensors, SIZES[0], wide=True), ROUNDS_INSIDE.get(case.target, RELATIVE)
+    check([torch.from_numpy(a) for a in found.values()], expected, case, relative)
 
 
 def test_every_lowering_has_a_case() -> None:
