@@ -140,7 +140,8 @@ _FUNCTION = """SV_INLINE void NAME_finish(const sv_thread *t, float *c0, const f
     }}
 }}
 """
-_CALL = """if (cols == SV_PANEL) NAME_finish(t, y + row * n + col, {second}, n, {ld}, row, col, count, SV_PANEL{arguments});
+_CALL = """if (cols == SV_PANEL)
+                NAME_finish(t, y + row * n + col, {second}, n, {ld}, row, col, count, SV_PANEL{arguments});
             else NAME_finish(t, y + row * n + col, {second}, n, {ld}, row, col, count, cols{arguments});"""
 
 

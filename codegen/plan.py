@@ -9,7 +9,7 @@ from sylvester.codegen.attention import attention_header
 from sylvester.codegen.costs import Cost, cost
 from sylvester.codegen.emit_loops import LoopFunction, emit, private_buffers
 from sylvester.codegen.formats import format_headers
-from sylvester.codegen.index import Atom, Index, Size, index
+from sylvester.codegen.index import Atom, Index, Size, index, sum_of
 from sylvester.codegen.index_text import c_text
 from sylvester.codegen.isa import Isa
 from sylvester.codegen.layout import FormatName
@@ -173,8 +173,15 @@ class _Entry:
             bytes_ = f"{function}({', '.join(_c(a) for a in given)})" if given else function
             lines.append(f"  scratch = sv_larger(scratch, (int64_t){bytes_});")
         lines.append("  sv_call call = {sizes, buffers, times};")
-        lines.append(f"  return sv_team_run(team, sv_plan_{self.plan.name}, &call, (size_t)scratch);")
+        lines.append(f"  const int small = {_c(self._work())} < SV_SMALL;")
+        run = "(small ? sv_team_run_alone : sv_team_run)"
+        lines.append(f"  return {run}(team, sv_plan_{self.plan.name}, &call, (size_t)scratch);")
         return "\n".join([*lines, "}"])
+
+    def _work(self) -> Index:
+        """Multiply-adds, or scalar operations, of all kernels."""
+        kernels = enumerate(self.kernels)
+        return sum_of(k.step.work if isinstance(k, ExternCall) else self.loops[n].work for n, k in kernels)
 
     def _step(self, number: int, kernel: Kernel) -> str:
         if isinstance(kernel, ExternCall):
