@@ -67,7 +67,7 @@ class Family:
     def source(self, isa: Isa, candidate: Candidate) -> str:
         """The translation unit that times one candidate."""
         harness = render("tune.c.in", CALL=self.call, SCRATCH=self.scratch, BYTES=", ".join(self.bytes))
-        return f"#include <time.h>\n{self.text(isa.tuned(candidate.parameters))}\n{harness}"
+        return f"{self.text(isa.tuned(candidate.parameters))}\n#include <time.h>\n{harness}"
 
     @cache  # noqa: B019  (a family lives as long as the process)
     def kernel_hash(self, isa: Isa) -> str:
