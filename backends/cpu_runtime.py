@@ -48,7 +48,7 @@ class Engine:
         self.folder, self.manifest = folder, manifest
         self.threads = threads or _wanted_threads(manifest)
         choice = choose(folder, manifest)
-        self.library = Library(choice.path, list(manifest.entries))
+        self.binary = Library(choice.path, list(manifest.entries))
         self.notes = choice.notes
         """What the user should know of the variant that was loaded."""
         self._file = _open_weights(folder, manifest)
@@ -61,7 +61,7 @@ class Engine:
 
     @property
     def isa(self) -> str:
-        return self.library.path.stem
+        return self.binary.path.stem
 
     def new_state(self, entry: str, inputs: Mapping[str, Array]) -> State:
         """Zeroed slots for the batch of `inputs`."""
@@ -102,7 +102,7 @@ class Engine:
         sizes = self._prepare(entry, spec, arrays, state).sizes
         found = np.zeros((2, kernels))
         position = state.position if state else 0
-        self.library.entry("costs", entry)(sizes, position, _doubles(found[0]), _doubles(found[1]))
+        self.binary.entry("costs", entry)(sizes, position, _doubles(found[0]), _doubles(found[1]))
         return found
 
     def read_weights(self) -> dict[str, Array]:
@@ -132,10 +132,10 @@ class Engine:
         self._start()
 
     def _make_team(self) -> int:
-        team = self.library.team_new(self.threads)
+        team = self.binary.team_new(self.threads)
         if not team:
             raise CompileError(f"cannot start {self.threads} threads", hint=f"set {knobs.THREADS.name} to fewer")
-        self._free = weakref.finalize(self, self.library.team_free, team)
+        self._free = weakref.finalize(self, self.binary.team_free, team)
         return int(team)
 
     def _prepare(self, entry: str, spec: EntrySpec, arrays: Sequence[Array], state: State | None) -> Call:
@@ -152,7 +152,7 @@ class Engine:
         ranks = [len(t.shape) for t in spec.inputs], [len(t.shape) for t in spec.outputs]
         states = sum(len(self.manifest.state[name].shape) for name in spec.states)
         dims = (ctypes.c_int64 * max(sum(ranks[0]) + sum(ranks[1]) + states, 1))()
-        self.library.entry("shapes", entry)(sizes, dims)
+        self.binary.entry("shapes", entry)(sizes, dims)
         shapes, at = [], sum(ranks[0])
         for rank in ranks[1]:
             shapes.append(tuple(dims[at : at + rank]))
@@ -162,7 +162,7 @@ class Engine:
         weights = self.read_weights()
         for index, name in enumerate(spec.weights, len(spec.inputs)):
             buffers[index] = weights[name].ctypes.data
-        return Call(sizes, buffers, shapes, int(self.library.entry("arena", entry)(sizes)))
+        return Call(sizes, buffers, shapes, int(self.binary.entry("arena", entry)(sizes)))
 
     def _execute(
         self,
@@ -187,11 +187,11 @@ class Engine:
         _point(call.buffers, 0, arrays)
         _point(call.buffers, len(arrays) + len(spec.weights) + len(spec.states), [*outputs, self._arena])
         if times is None:
-            code = self.library.entry("run", entry)(self._team, call.sizes, call.buffers)
+            code = self.binary.entry("run", entry)(self._team, call.sizes, call.buffers)
         else:
-            code = self.library.entry("profile", entry)(self._team, call.sizes, call.buffers, _doubles(times))
+            code = self.binary.entry("profile", entry)(self._team, call.sizes, call.buffers, _doubles(times))
         if code:
-            raise _error(int(code), int(self.library.error_value(self._team)), spec, arrays)
+            raise _error(int(code), int(self.binary.error_value(self._team)), spec, arrays)
 
     def _check_slots(self, spec: EntrySpec, state: State) -> None:
         """The compiled code writes these arrays in place: they must be what the slots say."""

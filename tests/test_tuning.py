@@ -217,10 +217,10 @@ class _Skewed:
     """A library whose kernel takes one input feature less."""
 
     def __init__(self, library) -> None:
-        self.sv_tune_bytes, self.library = library.sv_tune_bytes, library
+        self.sv_tune_bytes, self.real = library.sv_tune_bytes, library
 
     def sv_tune_run(self, team, sizes, *rest):
-        return self.library.sv_tune_run(team, type(sizes)(sizes[0], sizes[1], sizes[2] - 1), *rest)
+        return self.real.sv_tune_run(team, type(sizes)(sizes[0], sizes[1], sizes[2] - 1), *rest)
 
 
 def test_no_time_to_build_leaves_the_problem_open(tmp_path, monkeypatch):
