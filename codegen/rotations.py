@@ -1,4 +1,4 @@
-"""Rotations of the features that a kernel family computes: the Walsh-Hadamard transform."""
+"""Rotations of the features that a kernel family computes: the Hadamard transform."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ from dataclasses import replace
 
 import torch
 
-from sylvester.codegen.hadamard import MOST, hadamard_header
+from sylvester.codegen.hadamard import MOST, row_header
 from sylvester.codegen.hadamard import hadamard as kernel
 from sylvester.codegen.index import index, product
 from sylvester.codegen.lazy import Extern, Lazy, Pointer, RowNorm, of_buffer
 from sylvester.codegen.linears import row_pointer
 from sylvester.codegen.lowering import Fact, Lowering, lowers
 from sylvester.compiler.errors import Unsupported
-
-HADAMARD = "sv_hadamard"
+from sylvester.compiler.hadamard import scheme_of
 
 
 @lowers(torch.ops.sylvester.hadamard.default)
-def hadamard(lowering: Lowering, fact: Fact, x: Lazy, block: int) -> Lazy:
+def hadamard(lowering: Lowering, fact: Fact, x: Lazy, block: int, transposed: bool = False) -> Lazy:
     """Rows are read through their stride; a block of 1 is the identity."""
     if block > MOST:
         raise Unsupported(f"a hadamard block of {block} has no lowering, at most {MOST}", hint="use smaller blocks")
@@ -27,11 +26,12 @@ def hadamard(lowering: Lowering, fact: Fact, x: Lazy, block: int) -> Lazy:
     y = lowering.buffer("arena", fact.shape, fact.dtype)
     rows, stride = row_pointer(lowering, x)
     count, k = product(fact.shape[:-1]), fact.shape[-1]
-    flops = product(fact.shape) * block.bit_length()
+    flops = product(fact.shape) * (scheme_of(block).additions + 1)
+    name, text = kernel(block, transposed)
     lowering.extern(
         Extern(
-            HADAMARD,
-            hadamard_header() + kernel(HADAMARD),
+            name,
+            row_header(block, transposed) + text,
             (Pointer(y.name, index(0)), rows, count, k, index(block), k, stride),
             writes=(y.name,),
             reads=(rows.buffer,),
@@ -40,4 +40,5 @@ def hadamard(lowering: Lowering, fact: Fact, x: Lazy, block: int) -> Lazy:
         )
     )
     before = x.norm or RowNorm("none", x)
-    return replace(of_buffer(y), norm=None if before.hadamard else replace(before, hadamard=block))
+    both = None if before.hadamard else replace(before, hadamard=block, transposed=transposed)
+    return replace(of_buffer(y), norm=both)

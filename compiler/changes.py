@@ -1,11 +1,12 @@
-"""What a pass did and what it declined: the vocabulary shared by rules, passes and the ledger."""
+"""What a pass did, declined and found out: the vocabulary shared by rules, passes and the ledger."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import fx
+from torch import Tensor, fx
 
 from sylvester.compiler.errors import module_path
 
@@ -35,12 +36,28 @@ class Refused:
     reason: str
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A number that a pass measured at a place: `name` says what, with its unit, such as "sqnr dB"."""
+
+    where: str
+    name: str
+    value: float
+
+
 @dataclass
 class Changes:
-    """The record of one pass, in order."""
+    """The record of one pass, in order.
+
+    `notes` are decisions the ledger prints, `figures` what was measured on calibration data. `bases` says how an exact
+    pass changed what a state slot means: the new content of the slot is the function of the old.
+    """
 
     applied: list[Applied] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    bases: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     def apply(self, rule: str, where: fx.Node | str) -> None:
         self.applied.append(Applied(rule, place(where)))
@@ -52,6 +69,17 @@ class Changes:
     def extend(self, other: Changes) -> None:
         self.applied += other.applied
         self.refused += other.refused
+        self.notes += other.notes
+        self.figures += other.figures
+        self.bases |= other.bases
+
+    def note(self, text: str) -> None:
+        """Say once what was decided and why."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def figure(self, where: str, name: str, value: float) -> None:
+        self.figures.append(Figure(where, name, value))
 
     def counts(self) -> dict[str, int]:
         """Applications by rule."""

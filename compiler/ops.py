@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sylvester.compiler import hadamard as matrices
+
 NAMESPACE = "sylvester"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
@@ -43,8 +45,16 @@ class Stored:
     dtype: torch.dtype = torch.float32
 
 
+@dataclass(frozen=True)
+class Records:
+    """Rows of a quantised cache in an example: records of normal values of this shape, in numbers of `bits`."""
+
+    shape: tuple[int, ...]
+    bits: int
+
+
 Example = tuple[Any, ...]
-"""One argument list: a tuple of ints is the shape of a float tensor, `Ints` and `Stored` tensors, the rest itself."""
+"""One argument list: a tuple of ints is a float tensor of that shape, `Ints`, `Stored`, `Records` say which other."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +75,13 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+FACTS: dict[Callable[..., Any], Callable[..., Tensor]] = {}
+"""Op -> an empty tensor like its result, for ops whose reference takes many steps: fake tensors make each slow."""
 
 
-def op(*, cost: Callable[..., Cost], examples: tuple[Example, ...]) -> Callable[[Callable[..., Tensor]], Op]:
+def op(
+    *, cost: Callable[..., Cost], examples: tuple[Example, ...], fact: Callable[..., Tensor] | None = None
+) -> Callable[[Callable[..., Tensor]], Op]:
     """Declare an op from its reference implementation. Annotations become the schema."""
 
     def declare(reference: Callable[..., Tensor]) -> Op:
@@ -79,6 +93,8 @@ def op(*, cost: Callable[..., Cost], examples: tuple[Example, ...]) -> Callable[
         LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()))
         LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
         OPS[name] = Op(name, reference, cost, examples)
+        if fact is not None:
+            FACTS[OPS[name].target] = fact
         return OPS[name]
 
     return declare
@@ -96,6 +112,8 @@ def sample(example: Example, *, dtype: torch.dtype = torch.float32, seed: int = 
             return torch.randint(limits.min, limits.max + 1, x.shape, generator=random, dtype=x.dtype)
         if isinstance(x, Stored):
             return torch.randn(x.shape, generator=random).bfloat16().to(x.dtype)
+        if isinstance(x, Records):
+            return cache_ops.quantize_records(torch.randn(x.shape, generator=random), x.bits)
         if isinstance(x, tuple) and all(isinstance(n, int) for n in x):
             return torch.randn(x, generator=random, dtype=dtype)
         return x
@@ -205,20 +223,35 @@ def geglu(gate: Tensor, up: Tensor, approximate: str) -> Tensor:
     return F.gelu(gate, approximate=approximate) * up
 
 
-def _hadamard_cost(x: Tensor, block: int) -> Cost:
-    return Cost(x.numel() * block.bit_length(), _nbytes(x, x))
+def _hadamard_cost(x: Tensor, block: int, transposed: bool = False) -> Cost:
+    return Cost(x.numel() * (matrices.scheme_of(block).additions + 1), _nbytes(x, x))
 
 
-@op(cost=_hadamard_cost, examples=(((2, 3, 8), 8), ((5, 96), 32), ((3, 2, 256), 64), ((4, 6), 1)))
-def hadamard(x: Tensor, block: int) -> Tensor:
-    """Blocks of the last axis times the Sylvester-Hadamard matrix over sqrt(block), a power of two; its own inverse."""
-    if block < 1 or block & (block - 1) or x.shape[-1] % block:
-        raise ValueError(f"hadamard needs a block that is a power of two and divides {x.shape[-1]}, got {block}")
-    y, half = x / math.sqrt(block), 1
-    while half < block:
-        a, b = y.reshape(*x.shape[:-1], x.shape[-1] // (2 * half), 2, half).unbind(-2)
-        y, half = torch.stack((a + b, a - b), -2), 2 * half
-    return y.reshape(x.shape)
+def _hadamard_fact(x: Tensor, block: int, transposed: bool = False) -> Tensor:
+    _require_block(x, block)
+    return torch.empty_like(x)
+
+
+def _require_block(x: Tensor, block: int) -> None:
+    if block < 1 or x.shape[-1] % block or matrices.find(block) is None:
+        raise ValueError(
+            f"hadamard needs a block of a known order that divides {x.shape[-1]}, got {block}; "
+            f"the largest is {matrices.largest_block(int(x.shape[-1]))}"
+        )
+
+
+@op(
+    cost=_hadamard_cost,
+    fact=_hadamard_fact,
+    examples=(
+        *(((2, 3, 8), 8), ((5, 96), 32), ((3, 2, 256), 64), ((4, 6), 1), ((3, 40), 20), ((2, 5, 96), 96)),
+        *(((7, 72), 36, True), ((2, 240), 240, True), ((1, 3, 192), 192)),
+    ),
+)
+def hadamard(x: Tensor, block: int, transposed: bool = False) -> Tensor:
+    """y = x H^T / sqrt(block), or x H, in blocks of the last axis, where H has order `block` (compiler/hadamard.py)."""
+    _require_block(x, block)
+    return matrices.transform(x, block, transposed)
 
 
 def _update_cost(cache: Tensor, new: Tensor, past: Tensor) -> Cost:
@@ -234,4 +267,4 @@ def kv_update(cache: Tensor, new: Tensor, past: Tensor) -> Tensor:
     return cache.index_copy(2, past + torch.arange(new.shape[2], device=new.device), new.to(cache.dtype))
 
 
-from sylvester.compiler import quantized_ops  # noqa: E402, F401  (declares its ops with `op` above)
+from sylvester.compiler import cache_ops, quantized_ops  # noqa: E402, F401  (declare their ops with `op` above)

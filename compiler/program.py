@@ -14,7 +14,9 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.node import Target, map_arg
 
+from sylvester.compiler.calibration import Calibration
 from sylvester.compiler.errors import CompileError, InvalidProgram
+from sylvester.compiler.ops import FACTS
 from sylvester.compiler.weights import ParameterStore
 
 Kind = Literal["input", "weight", "state"]
@@ -92,8 +94,9 @@ class Entry:
 
     def fact(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The fake value of a call: shapes with symbols, dtype."""
+        compute: Callable[..., Any] = FACTS.get(target, target)
         with self.fake_mode, enable_python_dispatcher(), torch.no_grad():
-            return target(*map_arg(args, value), **map_arg(dict(kwargs), value))
+            return compute(*map_arg(args, value), **map_arg(dict(kwargs), value))
 
     def bind(self, kind: Kind, key: str, like: Tensor) -> fx.Node:
         """The placeholder of `key`, made when there is none yet."""
@@ -136,13 +139,14 @@ class Program:
     """Entries over one weight store and one set of state slots. Passes edit a clone; tensors are shared, never mutated.
 
     `info` holds facts about the model that shape no graph: `max_length`, `tokenizer` (a path), `eos_token_ids`,
-    `output_type`, `notes`.
+    `output_type`, `notes`. `calibration` is data that passes may measure on; it is not saved.
     """
 
     weights: ParameterStore
     entries: dict[str, Entry]
     state: dict[str, StateSlot] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
     @property
     def main(self) -> Entry:
@@ -154,9 +158,18 @@ class Program:
             raise CompileError(f"no entry named {name!r}", hint=f"the program has {list(self.entries)}")
         return self.entries[name]
 
+    def entry_of(self, node: fx.Node) -> Entry:
+        """The entry whose graph holds the node."""
+        return next(entry for entry in self.entries.values() if entry.graph is node.graph)
+
+    def users(self, key: str) -> list[fx.Node]:
+        """The nodes that read a weight, in every entry."""
+        nodes = (n for entry in self.entries.values() for n in entry.placeholders("weight"))
+        return [user for node in nodes if binding(node).key == key for user in node.users]
+
     def clone(self) -> Program:
         entries = {name: entry.clone() for name, entry in self.entries.items()}
-        return Program(self.weights.clone(), entries, dict(self.state), deepcopy(self.info))
+        return Program(self.weights.clone(), entries, dict(self.state), deepcopy(self.info), self.calibration)
 
     def sweep(self) -> int:
         """Dead code in every entry, then weights no entry uses."""
