@@ -12,6 +12,8 @@ MaskKind = Literal["none", "float", "bool"]
 
 CACHE_TYPES = ("f32", "bf16")
 """Scalar types of keys and values; bf16 is widened as it is read."""
+RECORDS = {"q8": 8, "q4": 4}
+"""Bits of the numbers of quantised caches."""
 _MASKS: dict[str, str] = {
     "none": "(void)batch, (void)head;",
     "float": """const int64_t *by = a->mask_stride;
@@ -55,15 +57,31 @@ def attention(
 ) -> str:
     """C text of one instance over k and v of dtype `cache`; `<name>_scratch` is the scratch it needs per thread.
 
+    Over records (q8, q4) the strides of k and v count bytes; `records_header` goes before, and products are float32.
     With `products` "bf16" operands are rounded where the instruction set multiplies bfloat16 pairs and a tile has more
     rows than few; elsewhere products stay in float32.
     """
-    values = {"NAME": name, "D": head_dim, "DV": value_dim, "KV": C_TYPES[cache], "MASK": _MASKS[mask]}
-    values["MASKED"] = int(mask != "none")
-    wide, short = (render(f"attention_{kind}.c.in", **values) for kind in ("f32", "bf16"))
-    many = f"#if SV_BF16_DOT\n{short}#else\n{wide}#endif" if products == "bf16" else wide
-    before = [render(f"attention_{part}.c.in", **values) for part in ("sizes", "few")]
-    return "\n".join([*before, many, render("attention.c.in", **values)])
+    values = {"NAME": name, "D": head_dim, "DV": value_dim, "MASK": _MASKS[mask], "MASKED": int(mask != "none")}
+
+    def text(*parts: str) -> str:
+        return "\n".join(render(f"attention{part}.c.in", **values) for part in parts)
+
+    if cache in RECORDS:
+        if value_dim != head_dim or products != "f32":
+            found = f"{head_dim} and {value_dim} features, {products} products"
+            raise ValueError(f"attention over records takes keys and values alike and float32 products, got {found}")
+        values["BITS"] = RECORDS[cache]
+        return text("_sizes", "_records", "_records_few", "_f32", "")
+    values["KV"] = C_TYPES[cache]
+    many = text("_pack", "_f32")
+    if products == "bf16":
+        many = f"#if SV_BF16_DOT\n{text('_bf16')}#else\n{many}#endif"
+    return "\n".join([text("_sizes", "_few"), many, text("")])
+
+
+def records_header() -> str:
+    """What writing and reading records takes; goes once before the first kernel that does."""
+    return render("records.h.in")
 
 
 def part_floats(value_dim: int) -> int:

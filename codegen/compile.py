@@ -16,6 +16,7 @@ from sylvester.codegen import (
     aten_pointwise,
     aten_reductions,
     aten_views,
+    attention_calls,
     convolution,
     dialect,
     families,
@@ -44,7 +45,7 @@ from sylvester.compiler.program import Entry, Program, value
 
 REGISTERED = (
     aten_activations, aten_factories, aten_indexing, aten_norms, aten_pointwise, aten_reductions, aten_views,
-    convolution, dialect, families, linears, low_bit, pooling, rotations,
+    attention_calls, convolution, dialect, families, linears, low_bit, pooling, rotations,
 )  # fmt: skip
 """Every module whose import registers lowerings."""
 

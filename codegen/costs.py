@@ -114,12 +114,16 @@ def _touched(offset: Index, buffer: Buffer) -> Index:
 
 
 def attention_costs(q: Lazy, k: Lazy, v: Lazy, *, past: bool, causal: bool) -> tuple[Index, Index]:
-    """Flops and bytes of softmax(q k^T) v; with `past` the first POSITION + queries rows of the cache are read."""
+    """Flops and bytes of softmax(q k^T) v; with `past` the first POSITION + queries rows of the cache are read.
+
+    Over records keys and values have as many features as queries.
+    """
     batch, heads, queries, depth = q.shape
     keys = atom(POSITION) + queries if past else k.shape[2]
-    width = depth + v.shape[3]
+    width = depth + (depth if k.dtype == "u8" else v.shape[3])
     pairs = 2 * queries * keys  # twice the (query, key) pairs; a causal query sees no later key
     if causal:
         pairs = pairs - queries * (queries - 1)
     q_and_y = batch * heads * queries * width * BYTES[q.dtype]
-    return pairs * batch * heads * width, q_and_y + batch * k.shape[1] * keys * width * BYTES[k.dtype]
+    row = (k.shape[3] + v.shape[3]) * BYTES[k.dtype]
+    return pairs * batch * heads * width, q_and_y + batch * k.shape[1] * keys * row

@@ -13,7 +13,7 @@ from sylvester.codegen.index import Index, index, product, sum_of
 from sylvester.codegen.lazy import Buffer, Extern, Indices, Lazy, Pointer, Store, of_buffer
 from sylvester.codegen.lowering import Fact, Lowering, lowers
 from sylvester.codegen.reads import loads
-from sylvester.codegen.scalar import Expr, cast
+from sylvester.codegen.scalar import BYTES, Expr, cast
 
 dialect = torch.ops.sylvester
 
@@ -63,7 +63,7 @@ def kv_update(lowering: Lowering, fact: Fact, cache: Lazy, new: Lazy, past: Lazy
     """A state buffer is updated in place, anything else copied; positions are checked against the capacity."""
     buffer = _writable(lowering, cache)
     if buffer.dtype == "bf16":
-        return _rounded_update(lowering, buffer, new, past)
+        return _rounded_update(lowering, buffer, new, past, "bf16")
     if any(load.buffer == buffer.name for load in loads(new.probe[1])):  # rows would be read after they are written
         new = of_buffer(_copied(lowering, new))
     capacity, tokens = buffer.shape[2], new.shape[2]
@@ -77,25 +77,30 @@ def kv_update(lowering: Lowering, fact: Fact, cache: Lazy, new: Lazy, past: Lazy
     return of_buffer(buffer)
 
 
-def _rounded_update(lowering: Lowering, buffer: Buffer, new: Lazy, past: Lazy) -> Lazy:
-    """float32 rows into a bfloat16 cache."""
-    rows, position, (batch, heads, tokens, _) = unit_last(lowering, new), lowering.contiguous(past), new.shape
-    name = "sv_kv_update_bf16"
+@lowers(dialect.kv_update_q.default)
+def kv_update_q(lowering: Lowering, fact: Fact, cache: Lazy, new: Lazy, past: Lazy, bits: int) -> Lazy:
+    return _rounded_update(lowering, _writable(lowering, cache), new, past, f"q{bits}")
+
+
+def _rounded_update(lowering: Lowering, buffer: Buffer, new: Lazy, past: Lazy, kind: str) -> Lazy:
+    """float32 rows into a cache of bfloat16 or of records."""
+    rows, position, (batch, heads, tokens, features) = unit_last(lowering, new), lowering.contiguous(past), new.shape
+    name = f"sv_kv_update_{kind}"
     lowering.extern(
         Extern(
             f"{name}_past",
-            kv_update_family.kv_update(name, cache="bf16"),
+            kv_update_family.kv_update(name, cache=kind),
             (
-                Pointer(buffer.name, index(0), "bf16"),
+                Pointer(buffer.name, index(0), buffer.dtype),
                 Pointer(rows.buffer, rows.offset),
                 Pointer(position.name, index(0), "i64"),
-                *(batch, heads, tokens, *buffer.shape[3:1:-1], *rows.strides[:3]),
+                *(batch, heads, tokens, features, buffer.shape[2], *rows.strides[:3]),
             ),
             writes=(buffer.name,),
             reads=(rows.buffer, position.name),
             work=product(new.shape),
             flops=index(0),
-            bytes=product(new.shape) * 6,
+            bytes=product(new.shape) * BYTES["f32"] + product(new.shape[:3]) * buffer.shape[3] * BYTES[buffer.dtype],
         )
     )
     return of_buffer(buffer)

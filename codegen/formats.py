@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sylvester.codegen import bfloat16, quantized
+from sylvester.codegen import bfloat16, panels, quantized
 from sylvester.codegen.isa import Isa
 from sylvester.codegen.layout import PANEL, Format, FormatName, Layout
 from sylvester.codegen.linear import pack
 from sylvester.codegen.prelude import render
 
 Array = NDArray[Any]
+PACKERS: Mapping[str, Callable[[Array, Array], Array]] = {
+    "q8": panels.pack_q8,
+    "q4": panels.pack_q4,
+    "q3": panels.pack_q3,
+}
 PIECE = 1 << 20
 """Values that are packed at a time, which bounds the memory it takes."""
 
 
 def format_headers(formats: Collection[FormatName], isa: Isa) -> list[str]:
     """C text that linear layers in these formats build on; follows the prelude."""
-    low_bit = [name for name in ("q8", "q4") if name in formats]
-    parts = ["qrow", "qtile", "amx_quantized", *low_bit] if low_bit else []
     wide = [bfloat16.header(isa)] if "bf16" in formats else []
-    return [render("amx.h.in"), *wide, *(render(f"{part}.h.in") for part in parts)] if low_bit or wide else []
+    low_bit = quantised_headers(formats)
+    return [render("amx.h.in"), *wide, *low_bit] if low_bit or wide else []
+
+
+def quantised_headers(formats: Collection[FormatName]) -> list[str]:
+    """C text of the formats with whole numbers; follows the tiles of AMX."""
+    found = [render("q8.h.in")] if "q8" in formats else []
+    found += [render("qlow.h.in", BITS=bits, ZERO=1 << bits - 1) for bits in (4, 3) if f"q{bits}" in formats]
+    shared = [render(f"{part}.h.in") for part in ("qrow", "qtile", "amx_quantized")]
+    return [*shared, *found] if found else []
 
 
 def panel_bytes(form: Format, k: int) -> int:
@@ -33,7 +45,13 @@ def panel_bytes(form: Format, k: int) -> int:
         return k * PANEL * 4
     if form.name == "bf16":
         return bfloat16.panel_bytes_bf16(k)
-    return int((quantized.panel_bytes_q8 if form.name == "q8" else quantized.panel_bytes_q4)(k, form.group))
+    sizes = {"q8": quantized.panel_bytes_q8, "q4": quantized.panel_bytes_q4, "q3": quantized.panel_bytes_q3}
+    return int(sizes[form.name](k, form.group))
+
+
+def depth(form: Format, columns: int) -> int:
+    """Input features of a stored weight with so many columns."""
+    return {"q4": 2 * columns, "q3": columns // 3 * 8}.get(form.name, columns)
 
 
 def packed(layout: Layout, weights: Sequence[Array], scales: Sequence[Array]) -> Iterator[Array]:
@@ -67,4 +85,4 @@ def _pack(form: Format, weight: Array, scales: Array | None) -> Array:
     if form.name == "bf16":
         return bfloat16.pack_bf16(weight).view(np.uint8)
     assert scales is not None, "low-bit weights have scales"
-    return (quantized.pack_q8 if form.name == "q8" else quantized.pack_q4)(weight, scales)
+    return PACKERS[form.name](weight, scales)

@@ -62,9 +62,9 @@ _AMX = (*_BF16, "amx-tile", "amx-int8", "amx-bf16")
 SCALAR = Isa("scalar", 0, "x86-64", vector=4, accumulators=12, gemm_rows=6, flags=("-Os",))
 AVX2 = Isa("avx2", 1, "x86-64-v3", vector=8, accumulators=12, gemm_rows=6)
 AVX512 = Isa("avx512", 2, "x86-64-v4", vector=16, accumulators=24, gemm_rows=12, flags=("-mprefer-vector-width=512",))
-VNNI = replace(AVX512, name="vnni", level=3, features=_VNNI, formats=("q8", "q4"))
+VNNI = replace(AVX512, name="vnni", level=3, features=_VNNI, formats=("q8", "q4", "q3"))
 BF16 = replace(AVX512, name="bf16", level=4, features=_BF16, formats=("bf16",))
-AMX = replace(AVX512, name="amx", level=5, features=_AMX, formats=("q8", "q4", "bf16"), permission=True)
+AMX = replace(AVX512, name="amx", level=5, features=_AMX, formats=("q8", "q4", "q3", "bf16"), permission=True)
 
 NEON = Isa("neon", 0, "armv8-a", vector=4, accumulators=24, gemm_rows=6, architecture="aarch64", zig="generic")
 DOTPROD = replace(
@@ -73,7 +73,7 @@ DOTPROD = replace(
     level=1,
     march="armv8.2-a+dotprod+fp16",
     zig="generic+v8_2a+dotprod+fullfp16",
-    formats=("q8", "q4"),
+    formats=("q8", "q4", "q3"),
 )
 
 ISAS = (SCALAR, AVX2, AVX512, VNNI, BF16, AMX, NEON, DOTPROD)

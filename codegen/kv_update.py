@@ -1,7 +1,8 @@
-"""Write new rows into a key or value cache, which holds float32 or bfloat16."""
+"""Write new rows into a key or value cache, which holds float32, bfloat16 or records of small numbers."""
 
 from __future__ import annotations
 
+from sylvester.codegen.attention import RECORDS
 from sylvester.codegen.prelude import render
 from sylvester.codegen.scalar import C_TYPES
 
@@ -17,5 +18,12 @@ _COPIES: dict[str, str] = {
 
 
 def kv_update(name: str = "sv_kv_update", cache: str = "f32") -> str:
-    """C text of the kernel and of `<name>_past`, which reads the position from memory; they need no scratch."""
-    return render("kv_update.c.in", NAME=name, KV=C_TYPES[cache], COPY=_COPIES[cache])
+    """C text of the kernel and of `<name>_past`, which reads the position from memory; they need no scratch.
+
+    Before one that writes records (q8, q4) goes `attention.records_header`.
+    """
+    if cache in RECORDS:
+        bits = RECORDS[cache]
+        copy, width = f"sv_record_{bits}(dst, src, d);", f"sv_record_bytes_{bits}(d)"
+        return render("kv_update.c.in", NAME=name, KV="uint8_t", COPY=copy, WIDTH=width)
+    return render("kv_update.c.in", NAME=name, KV=C_TYPES[cache], COPY=_COPIES[cache], WIDTH="d")

@@ -8,18 +8,41 @@ from typing import Literal
 PANEL = 32
 """Output features of a linear layer in one panel."""
 
-FormatName = Literal["f32", "bf16", "q8", "q4"]
+FormatName = Literal["f32", "bf16", "q8", "q4", "q3"]
+Bits = Literal[4, 8, 16]
 
 
 @dataclass(frozen=True)
 class Format:
-    """Arithmetic of a linear layer. `group`: depth that shares a weight scale, 0 for one scale per output feature."""
+    """Arithmetic of a linear layer. `group`: depth that shares a weight scale, 0 for one scale per output feature.
+
+    With whole numbers as weights, the rows of the input become whole numbers of `bits`, whose scale is stored when they
+    are `static`.
+    """
 
     name: FormatName
     group: int = 0
+    bits: Bits = 8
+    static: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}/{self.group}" if self.group else self.name
+        name = f"{self.name}/{self.group}" if self.group else self.name
+        return f"{name}{'' if self.bits == 8 else f' a{self.bits}'}{' static' if self.static else ''}"
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights and rows are whole numbers."""
+        return self.name in ("q8", "q4", "q3")
+
+    @property
+    def stored(self) -> Format:
+        """What the weights are stored for; the same for all kinds of rows."""
+        return Format(self.name, self.group)
+
+    @property
+    def records(self) -> int:
+        """Records of one row of the input: rows of 16 bits are two of 8."""
+        return 2 if self.bits == 16 else 1
 
 
 F32 = Format("f32")

@@ -77,7 +77,7 @@ class Lazy:
 class RowNorm:
     """y = x / sqrt(mean(x^2) + eps) * weight ("rms"), or the same of x - mean(x), plus bias ("layer"), or x itself.
 
-    The result is rotated by Hadamard matrices in blocks of `hadamard` features when that is not 0.
+    The result is rotated by Hadamard matrices in blocks of `hadamard` features when that is not 0, or their transposes.
     """
 
     kind: Literal["rms", "layer", "none"]
@@ -86,6 +86,7 @@ class RowNorm:
     bias: Lazy | None = None
     eps: float = 0.0
     hadamard: int = 0
+    transposed: bool = False
 
     def __str__(self) -> str:
         parts = [f"{self.kind} norm"] if self.kind != "none" else []
@@ -188,7 +189,8 @@ class Extern:
 class Linear:
     """outputs[w] [m, n] = rows [m, k] W_w^T + bias_w for one weight, or for several side by side (`ways`).
 
-    `rows` are normalised first when there is a `norm`. `records` is memory for the rows in the format of the weights.
+    `rows` are normalised first when there is a `norm`. `records` is memory for the rows in the format of the weights,
+    `step` the stored scale of static ones.
     `epilogue` is a step that alone reads the outputs; its buffer takes the place of the first.
     """
 
@@ -202,6 +204,7 @@ class Linear:
     n: Index
     k: Index
     format: Format
+    step: str | None = None
     norm: RowNorm | None = None
     parameters: tuple[str | None, str | None] = (None, None)
     """Buffers of the norm's weight and bias."""

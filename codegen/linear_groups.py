@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from sylvester.codegen.layout import F32, Format
+from sylvester.codegen.quantized import group_of
 from sylvester.compiler import quantized_ops  # noqa: F401  (registers the ops below)
 from sylvester.compiler.errors import Unsupported
 from sylvester.compiler.program import Entry, Program, binding, is_weight, value
@@ -19,11 +20,17 @@ aten, dialect = torch.ops.aten, torch.ops.sylvester
 LINEARS: Mapping[Any, str] = {
     aten.linear.default: "f32",
     dialect.linear_bf16.default: "bf16",
-    dialect.linear_w8a8.default: "q8",
-    dialect.linear_w4a8.default: "q4",
+    dialect.linear_w8.default: "q8",
+    dialect.linear_w4.default: "q4",
+    dialect.linear_w3.default: "q3",
 }
 GATES = (dialect.swiglu.default, dialect.geglu.default)
-WIDENINGS = (dialect.dequantize_w8.default, dialect.dequantize_w4.default, dialect.widen_bf16.default)
+WIDENINGS = (
+    dialect.dequantize_w8.default,
+    dialect.dequantize_w4.default,
+    dialect.dequantize_w3.default,
+    dialect.widen_bf16.default,
+)
 """Ops that read a weight out of the panels of a low-bit linear layer."""
 
 
@@ -41,8 +48,12 @@ class LinearGroup:
 
     @property
     def scales(self) -> tuple[str, ...]:
-        quantised = self.format.name in ("q8", "q4")
-        return tuple(binding(n.args[2]).key for n in self.nodes) if quantised else ()  # type: ignore[arg-type]
+        return tuple(binding(n.args[2]).key for n in self.nodes) if self.format.quantised else ()  # type: ignore[arg-type]
+
+    @property
+    def step(self) -> str | None:
+        """The stored scale of the rows, the same of all layers."""
+        return step_of(self.nodes[0])
 
 
 Groups = dict[fx.Node, LinearGroup]
@@ -83,18 +94,28 @@ def weight_of(node: fx.Node) -> fx.Node:
 
 def bias_of(node: fx.Node) -> fx.Node | None:
     """The bias argument; its place follows the scales, where there are any."""
-    bias = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)).get("bias")  # type: ignore[union-attr]
-    bias = node.kwargs.get("bias", bias)
+    bias = _argument(node, "bias")
     return bias if isinstance(bias, fx.Node) else None
 
 
+def step_of(node: fx.Node) -> str | None:
+    """The stored scale of the rows of a quantised layer, or None for one that each row makes."""
+    step = _argument(node, "step")
+    return binding(step).key if isinstance(step, fx.Node) else None
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))  # type: ignore[union-attr]
+    return node.kwargs.get(name, given.get(name))
+
+
 def _candidates(entry: Entry) -> list[LinearGroup]:
-    """Stored-weight layers grouped by input and format."""
+    """Stored-weight layers grouped by input, format and the scale of the rows."""
     by_input: dict[Any, list[fx.Node]] = defaultdict(list)
     for node in entry.calls(*LINEARS):
         if is_stored(node):
-            by_input[node.args[0], format_of(node)].append(node)
-    return [part for (_, form), nodes in by_input.items() for part in _split_gates(nodes, form)]
+            by_input[node.args[0], format_of(node), step_of(node)].append(node)
+    return [part for (_, form, _), nodes in by_input.items() for part in _split_gates(nodes, form)]
 
 
 def is_stored(node: fx.Node) -> bool:
@@ -102,8 +123,9 @@ def is_stored(node: fx.Node) -> bool:
     parameters = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, fx.Node)]
     if not parameters or not all(is_weight(p) for p in parameters):
         return False
-    rows, bias = value(weight_of(node)).shape, bias_of(node)
-    return len(rows) == 2 and (bias is None or value(bias).shape == rows[:1])
+    rows, bias, step = value(weight_of(node)).shape, bias_of(node), _argument(node, "step")
+    whole = bias is None or value(bias).shape == rows[:1]
+    return len(rows) == 2 and whole and (step is None or value(step).shape == (1,))
 
 
 def format_of(node: fx.Node) -> Format:
@@ -113,8 +135,9 @@ def format_of(node: fx.Node) -> Format:
     if name == "bf16":
         return Format("bf16")
     scales, x = value(node.args[2]), value(node.args[0])  # type: ignore[arg-type]
-    groups = int(scales.shape[1])
-    return Format(name, 0 if groups == 1 and name == "q8" else int(x.shape[-1]) // groups)  # type: ignore[arg-type]
+    group = group_of(int(x.shape[-1]), int(scales.shape[1]), whole=name == "q8")
+    bits = _argument(node, "bits")
+    return Format(name, group, 8 if bits is None else bits, step_of(node) is not None)  # type: ignore[arg-type]
 
 
 def _split_gates(nodes: list[fx.Node], form: Format) -> list[LinearGroup]:

@@ -11,7 +11,7 @@ from sylvester.codegen.elementwise import call, pointwise
 from sylvester.codegen.families import collapsed, matmul
 from sylvester.codegen.formats import panel_bytes
 from sylvester.codegen.index import Index, index, product
-from sylvester.codegen.layout import F32, PANEL, Format, Layout
+from sylvester.codegen.layout import F32, PANEL, Format, Layout, plain
 from sylvester.codegen.lazy import Buffer, Lazy, Linear, Pointer, RowNorm, Shape, as_strided, of_buffer
 from sylvester.codegen.linear import FEW_ROWS, record_bytes
 from sylvester.codegen.linear_groups import LinearGroup, bias_of
@@ -54,6 +54,7 @@ def lower_group(lowering: Lowering, group: LinearGroup) -> dict[fx.Node, Lazy]:
             n=index(n),
             k=k,
             format=group.format,
+            step=_step(lowering, group),
             norm=norm,
             parameters=_norm_parameters(lowering, norm),
             layers=len(group.nodes),
@@ -84,18 +85,18 @@ def _number(n: Index) -> int:
 
 def _require_sums_that_fit(group: LinearGroup, k: int) -> None:
     """Without groups one int32 holds a whole sum of int8 products."""
-    if group.format == Format("q8") and k > LARGEST_DEPTH:
+    if group.format.stored == Format("q8") and k > LARGEST_DEPTH:
         raise Unsupported(
             f"int8 weights with one scale per row take depths up to {LARGEST_DEPTH}, found {k}",
             at=group.nodes[0],
-            hint="give columns scales in groups, such as Quantize(weights='int8', group=128), or skip the weight",
+            hint="give columns scales in groups, such as Quantize(weights=8, group=128), or skip the weight",
         )
 
 
 def stored_weight(group: LinearGroup) -> tuple[Layout, Shape, str]:
     """How the weights of a group are stored, with the shape and dtype of their buffer."""
     ways = len(group.nodes) if group.interleaved else 1
-    layout = Layout("panels", group.weights, group.scales, format=group.format, ways=ways)
+    layout = Layout("panels", group.weights, group.scales, format=group.format.stored, ways=ways)
     widths = [int(value(n).shape[-1]) for n in group.nodes]
     k = _number(shape_of(value(group.nodes[0].args[0]))[-1])  # type: ignore[arg-type]
     if group.format == F32:
@@ -111,6 +112,10 @@ def _bias(lowering: Lowering, group: LinearGroup, widths: list[int]) -> str | No
         return None
     layout = Layout("plain", keys) if len(keys) == 1 else Layout("joined", keys, lengths=tuple(widths))
     return lowering.weight(layout, (index(sum(widths)),), "f32").name
+
+
+def _step(lowering: Lowering, group: LinearGroup) -> str | None:
+    return None if group.step is None else lowering.weight(plain(group.step), (index(1),), "f32").name
 
 
 def _norm_parameters(lowering: Lowering, norm: RowNorm | None) -> tuple[str | None, str | None]:
@@ -140,6 +145,8 @@ def linear(lowering: Lowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy | N
     return joined if bias is None else pointwise(fact, lambda a, b: call("add", a, b), joined, bias)
 
 
-@lowers(dialect.linear_bf16.default, dialect.linear_w8a8.default, dialect.linear_w4a8.default)
-def low_bit_linear(lowering: Lowering, fact: Fact, *_: object) -> Lazy:
-    raise Unsupported("a low-bit linear layer needs a stored weight and a stored bias of as many values as it has rows")
+@lowers(dialect.linear_bf16.default, dialect.linear_w8.default, dialect.linear_w4.default, dialect.linear_w3.default)
+def low_bit_linear(lowering: Lowering, fact: Fact, *_: object, **__: object) -> Lazy:
+    raise Unsupported(
+        "a low-bit linear layer needs a stored weight, and if any a stored bias of all its rows and a stored step [1]"
+    )

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from sylvester.codegen import bfloat16, quantized
 from sylvester.codegen.elementwise import call, value_of
-from sylvester.codegen.index import Index, index
+from sylvester.codegen.index import Index
 from sylvester.codegen.lazy import Buffer, Indices, Lazy
 from sylvester.codegen.lowering import Fact, Lowering, lowers
 from sylvester.codegen.scalar import Constant, Expr, Load, cast
-from sylvester.compiler import quantized_ops  # noqa: F401  (registers the ops below)
 from sylvester.compiler.errors import Unsupported
+from sylvester.compiler.quantized_ops import group_size
 
 dialect = torch.ops.sylvester
 Element = Callable[[Indices], Expr]
@@ -24,8 +24,7 @@ def dequantize_w8(lowering: Lowering, fact: Fact, weight: Lazy, scales: Lazy) ->
     """int8 weights times their scales, from the panels of a linear layer or as they are."""
     (buffer, group), k = _stored(lowering, weight), fact.shape[1]
     if group is None:
-        size = _exact(k, scales.shape[1])
-        return _product(fact, lambda i: cast(weight.load(i), "f32"), lambda i: scales.load([i[0], i[1] // size]))
+        return _product(fact, lambda i: cast(weight.load(i), "f32"), _plain_scale(k, scales))
 
     def number(i: Indices) -> Expr:
         return _centred(Load(buffer.name, quantized.place_q8(i[0], i[1], k, group), "u8"), 128)
@@ -42,18 +41,34 @@ def dequantize_w4(lowering: Lowering, fact: Fact, weight: Lazy, scales: Lazy) ->
     """int4 weights times their scales, from the panels of a linear layer or as they are."""
     (buffer, group), k = _stored(lowering, weight), fact.shape[1]
     if group is None:
-        size = _exact(k, scales.shape[1])
         return _product(
             fact,
-            lambda i: _nibble(weight.load([i[0], i[1] // 2]), i[1] % 2 * 4),
-            lambda i: scales.load([i[0], i[1] // size]),
+            lambda i: _centred(_field(weight.load([i[0], i[1] // 2]), i[1] % 2 * 4, 4), 8),
+            _plain_scale(k, scales),
         )
 
     def number(i: Indices) -> Expr:
         place, shift = quantized.place_q4(i[0], i[1], k, group)
-        return _nibble(Load(buffer.name, place, "u8"), shift)
+        return _centred(_field(Load(buffer.name, place, "u8"), shift, 4), 8)
 
     return _product(fact, number, lambda i: _half(buffer, quantized.scale_place_q4(i[0], i[1], k, group)))
+
+
+@lowers(dialect.dequantize_w3.default)
+def dequantize_w3(lowering: Lowering, fact: Fact, weight: Lazy, scales: Lazy) -> Lazy:
+    """int3 weights times their scales, from the panels of a linear layer or as they are."""
+    (buffer, group), k = _stored(lowering, weight), fact.shape[1]
+    if group is None:
+        return _product(
+            fact,
+            lambda i: _three([(weight.load([i[0], at]), place) for at, place in _planes(i[1], k)]),
+            _plain_scale(k, scales),
+        )
+
+    def number(i: Indices) -> Expr:
+        return _three([(Load(buffer.name, at, "u8"), place) for at, place in quantized.place_q3(i[0], i[1], k, group)])
+
+    return _product(fact, number, lambda i: _half(buffer, quantized.scale_place_q3(i[0], i[1], k, group)))
 
 
 @lowers(dialect.widen_bf16.default, bf16=True)
@@ -74,11 +89,13 @@ def _stored(lowering: Lowering, weight: Lazy) -> tuple[Buffer, int | None]:
     return buffer, buffer.layout.format.group if buffer.layout and buffer.packed else None
 
 
-def _exact(k: Index, groups: Index) -> Index:
-    """The group size along a depth of k."""
-    if k.constant is None or groups.constant is None:
+def _plain_scale(k: Index, scales: Lazy) -> Element:
+    """The scale of an element of a weight that is not in panels."""
+    groups = scales.shape[1].constant
+    if k.constant is None or groups is None:
         raise Unsupported("low-bit weights have static shapes")
-    return index(k.constant // groups.constant)
+    size = group_size(k.constant, groups)
+    return lambda i: scales.load([i[0], i[1] // size])
 
 
 def _product(fact: Fact, number: Element, scale: Element) -> Lazy:
@@ -90,9 +107,21 @@ def _centred(stored: Expr, zero: int) -> Expr:
     return call("sub", cast(stored, "f32"), Constant(float(zero), "f32"))
 
 
-def _nibble(byte: Expr, shift: Index) -> Expr:
-    bits = call("shr", cast(byte, "i64"), value_of(shift))
-    return _centred(call("and", bits, Constant(15, "i64")), 8)
+def _field(byte: Expr, shift: Index, bits: int) -> Expr:
+    """So many bits of a byte from a place up."""
+    return call("and", call("shr", cast(byte, "i64"), value_of(shift)), Constant((1 << bits) - 1, "i64"))
+
+
+def _planes(column: Index, k: Index) -> tuple[tuple[Index, Index], ...]:
+    """Byte of a row and place in it of each of the three bits of a number that is not in panels."""
+    low, high = (column // 4, column % 4 * 2), (k // 4 + column // 8, column % 8)
+    return low, (low[0], low[1] + 1), high
+
+
+def _three(bits: Sequence[tuple[Expr, Index]]) -> Expr:
+    """The int3 number whose bits, the lowest first, are in these bytes at these places."""
+    low, middle, high = (call("mul", _field(*bit, 1), Constant(1 << n, "i64")) for n, bit in enumerate(bits))
+    return _centred(call("or", call("or", low, middle), high), 4)
 
 
 def _half(buffer: Buffer, place: Index) -> Expr:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sylvester.codegen.attention import attention_header
+from sylvester.codegen.attention import attention_header, records_header
 from sylvester.codegen.costs import Cost, cost
 from sylvester.codegen.emit_loops import LoopFunction, emit, private_buffers
 from sylvester.codegen.formats import format_headers
@@ -65,6 +65,7 @@ class Unit:
         """The whole translation unit for one instruction set."""
         uses_attention = any("sv_attention_args" in source for source in self.sources)
         header = [attention_header()] if uses_attention else []
+        header += [records_header()] if any("sv_record" in source for source in self.sources) else []
         loops = [text.replace("NAME", name, 1) for text, name in self.functions.items()]
         return (
             "\n\n".join(

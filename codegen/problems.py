@@ -41,7 +41,7 @@ def _sizes(plan: Plan, hints: Mapping[Size, int]) -> dict[Size, int]:
 def _problem(entry: str, step: Linear | Extern, sizes: Mapping[Size, int]) -> Problem | None:
     if isinstance(step, Linear):
         n, k = _value(step.n, sizes) * len(step.outputs), _value(step.k, sizes)
-        return Problem.linear(str(step.format), _value(step.m, sizes), n, k)
+        return Problem.linear(str(step.format.stored), _value(step.m, sizes) * step.format.records, n, k)
     if step.problem is None:
         return None
     name, form, shape = step.problem

@@ -35,7 +35,7 @@ def step_reads(step: Step) -> set[str]:
     if isinstance(step, Extern):
         return set(step.reads)
     if isinstance(step, Linear):
-        own = {b for b in (step.rows.buffer, step.weight, step.bias, *step.parameters) if b is not None}
+        own = {b for b in (step.rows.buffer, step.weight, step.bias, step.step, *step.parameters) if b is not None}
         return own | (step_reads(step.epilogue) - set(step.outputs) if step.epilogue else set())
     if isinstance(step, Reduce):
         return {load.buffer for load in loads(step.make(_variables(step.outer, "o"), _variables(step.inner, "i")))}

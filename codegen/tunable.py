@@ -9,7 +9,7 @@ from hashlib import sha256
 from itertools import chain
 from typing import cast
 
-from sylvester.codegen.attention import attention, attention_header, part_floats
+from sylvester.codegen.attention import RECORDS, attention, attention_header, part_floats, records_header
 from sylvester.codegen.formats import format_headers
 from sylvester.codegen.isa import Isa
 from sylvester.codegen.layout import Format, FormatName
@@ -17,6 +17,7 @@ from sylvester.codegen.linear import linear_text
 from sylvester.codegen.prelude import prelude, render
 from sylvester.codegen.scalar import C_TYPES
 from sylvester.codegen.space import Candidate, Problem, Space
+from sylvester.compiler.cache_ops import record_bytes
 
 Choices = tuple[Mapping[str, int], ...]
 """Values of macros that exclude each other; different choices of a family act on different problems and add up."""
@@ -32,13 +33,17 @@ LINEAR_CHOICES: dict[str, tuple[Choices, ...]] = {
         ({"SV_Q4_ROWS": 4}, {"SV_Q4_ROWS": 8}, {"SV_Q4_ROWS": 12}),
         ({"SV_Q4_AHEAD": 0}, {"SV_Q4_AHEAD": 1024}, {"SV_Q4_AHEAD": 4096}),
     ),
+    "q3": (
+        ({"SV_Q3_ROWS": 4}, {"SV_Q3_ROWS": 8}, {"SV_Q3_ROWS": 12}),
+        ({"SV_Q3_AHEAD": 0}, {"SV_Q3_AHEAD": 1024}, {"SV_Q3_AHEAD": 4096}),
+    ),
 }
 """Per weight format; macros that other kernels read as well are not in it."""
 ATTENTION_CHOICES: tuple[Choices, ...] = (
     ({"SV_ATT_BLOCKS": 8}, {"SV_ATT_BLOCKS": 32}, {"SV_ATT_KEYS": 512}),
     ({"SV_ATT_SPLIT": 128}, {"SV_ATT_FEW": 4}),
 )
-TILE_ROWS = ("SV_Q8_ROWS", "SV_Q8_GROUPED_ROWS", "SV_Q4_ROWS")
+TILE_ROWS = ("SV_Q8_ROWS", "SV_Q8_GROUPED_ROWS", "SV_Q4_ROWS", "SV_Q3_ROWS")
 FLOPS, BYTES = 60e9, 20e9
 """Rates of a thread that time is shared by before anything is measured."""
 
@@ -103,23 +108,25 @@ def _linear(name: FormatName, group: int) -> Family:
 def _attention(kind: str, width: int) -> Family:
     """One sequence: [heads, queries, width] against keys and values [kv heads, keys, width] side by side."""
     cache_type, _, sight = kind.partition("/")
-    element = C_TYPES[cache_type]
+    element = C_TYPES.get(cache_type, C_TYPES["u8"])
+    row = record_bytes(width, RECORDS[cache_type]) if cache_type in RECORDS else width
 
     def text(isa: Isa) -> str:
         instance = attention("sv_tuned", width, width, cache=cache_type)
-        return "\n".join([prelude(isa), attention_header(), instance, render("attention_call.c.in", NAME="sv_tuned")])
+        header = [attention_header(), *([records_header()] if cache_type in RECORDS else [])]
+        return "\n".join([prelude(isa), *header, instance, render("attention_call.c.in", NAME="sv_tuned")])
 
-    heads, keys = f"i[0] * {width}, {width}", f"i[1] * {width}, {width}"
+    heads, keys = f"i[0] * {width}, {width}", f"i[1] * {row}, {row}"
     return Family(
         "attention",
         kind,
         text,
-        f"const {element} *value = (const {element} *)cold + i[3] * i[1] * {width};\n"
+        f"const {element} *value = (const {element} *)cold + i[3] * i[1] * {row};\n"
         f"sv_tuned_call(t, p[0], p[1], cold, value, NULL, NULL, p[2], {part_floats(width)}, 1, i[2], i[3], i[0], i[1], "
         f"0, {heads}, 0, {heads}, 0, {keys}, 0, {keys}, 0, 0, 0, 0, {width**-0.5}f, {int(sight == 'causal')}, 0);",
         "sv_tuned_scratch",
         (
-            f"2 * i[3] * i[1] * {width} * (int64_t)sizeof({element})",
+            f"2 * i[3] * i[1] * {row} * (int64_t)sizeof({element})",
             f"i[2] * i[0] * {width} * (int64_t)sizeof(float)",
             f"i[2] * i[0] * {width} * (int64_t)sizeof(float)",
             f"{part_floats(width)} * (int64_t)sizeof(float)",

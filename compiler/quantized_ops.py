@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from sylvester.compiler.ops import (
     op,
     repeated_heads,
 )
+from sylvester.compiler.packing import unpacked3, unpacked4
+from sylvester.compiler.quantized_rows import quantize_rows
 
 GROUPS = (32, 64, 128)
 """Sizes of the groups along the depth that share a scale."""
@@ -31,39 +34,41 @@ def _nbytes(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def _linear_cost(x: Tensor, weight: Tensor, *others: Tensor | None) -> Cost:
+def _linear_cost(x: Tensor, weight: Tensor, *others: Any, **named: Any) -> Cost:
     rows, written = x.numel() // x.shape[-1], x.numel() // x.shape[-1] * weight.shape[0] * x.element_size()
-    return Cost(2 * rows * weight.shape[0] * x.shape[-1], _nbytes(x, weight, *others) + written)
+    stored = [t for t in (*others, *named.values()) if isinstance(t, Tensor)]
+    return Cost(2 * rows * weight.shape[0] * x.shape[-1], _nbytes(x, weight, *stored) + written)
+
+
+def _linear_fact(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _widening_cost(weight: Tensor, *scales: Tensor) -> Cost:
-    values = weight.numel() * (2 if weight.dtype == PACKED else 1)
+    return _cost_of_widening(weight, scales, weight.numel() * (2 if weight.dtype == PACKED else 1))
+
+
+def _widening_cost_w3(weight: Tensor, *scales: Tensor) -> Cost:
+    return _cost_of_widening(weight, scales, weight.numel() * 8 // 3)
+
+
+def _cost_of_widening(weight: Tensor, scales: tuple[Tensor, ...], values: int) -> Cost:
     return Cost(values if scales else 0, _nbytes(weight, *scales) + 4 * values)
 
 
-def grouped(values: Tensor, scales: Tensor) -> Tensor:
-    """Values [n, k] times scales [n, groups], each along k / groups neighbours; one group is a scale per channel."""
-    k, groups = values.shape[1], scales.shape[1]
-    if groups > 1 and (k % groups or k // groups not in GROUPS):
+def group_size(k: int, groups: int) -> int:
+    """Columns that share a scale along a depth of k; the last group may be shorter. One group: all k columns."""
+    found = k if groups == 1 else next((g for g in GROUPS if -(-k // g) == groups), 0)
+    if not found:
         raise ValueError(f"{groups} groups along a depth of {k}, expected one, or groups of {GROUPS}")
-    split: Tensor = values.to(scales.dtype).unflatten(1, (groups, -1))
-    return (split * scales.unsqueeze(-1)).flatten(1)
+    return found
 
 
-def unpacked(weight: Tensor) -> Tensor:
-    """uint8 [n, k / 2] -> int8 [n, k]: the low half of a byte is the even column, stored as value + 8."""
-    return torch.stack((weight & 15, weight >> 4), -1).flatten(1).to(INT8) - 8
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers in [-127, 127] and float32 scales [..., 1], x ~ numbers * scales; computed in float32.
-
-    The scale is max |x| / 127 over the last axis, the numbers round(x / scale) with ties to even; a row of zeros has
-    scale 0 and numbers 0.
-    """
-    x = x.float()
-    scale = x.abs().amax(-1, keepdim=True) / 127
-    return torch.where(scale == 0, 0.0, torch.round(x / scale)), scale
+def grouped(values: Tensor, scales: Tensor) -> Tensor:
+    """Values [n, k] times scales [n, groups], each along `group_size` neighbours; one group is a scale per channel."""
+    k, groups = values.shape[1], scales.shape[1]
+    spread = scales.repeat_interleave(group_size(k, groups), 1)[:, :k] if groups > 1 else scales
+    return values.to(scales.dtype) * spread
 
 
 def row_slices(weight: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -82,9 +87,11 @@ def by_slices(x: Tensor, widen: Callable[..., Tensor], *stored: Tensor) -> Tenso
     return y
 
 
-def _dynamic_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, widen: Widen) -> Tensor:
+def _quantised_linear(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, bits: int, step: Tensor | None, widen: Widen
+) -> Tensor:
     """Rows are quantised, products of integers exact: float64 holds every sum for depths far above 16384."""
-    numbers, scale = quantize_rows(x)
+    numbers, scale = quantize_rows(x, bits, step)
     y = by_slices(numbers.double(), widen, weight, scales.double()) * scale.double()
     return (y if bias is None else y + bias).to(x.dtype)
 
@@ -94,11 +101,16 @@ def _widen_w8(weight: Tensor, scales: Tensor) -> Tensor:
 
 
 def _widen_w4(weight: Tensor, scales: Tensor) -> Tensor:
-    return grouped(unpacked(weight), scales)
+    return grouped(unpacked4(weight), scales)
+
+
+def _widen_w3(weight: Tensor, scales: Tensor) -> Tensor:
+    return grouped(unpacked3(weight), scales)
 
 
 @op(
     cost=_linear_cost,
+    fact=_linear_fact,
     examples=(
         ((2, 3, 64), Stored((37, 64), BF16), Stored((37,))),
         ((5, 33), Stored((16, 33), BF16), None),
@@ -113,28 +125,53 @@ def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 @op(
     cost=_linear_cost,
+    fact=_linear_fact,
     examples=(
         ((2, 3, 40), Stored((37, 40), INT8), Stored((37, 1)), Stored((37,))),
-        ((3, 64), Stored((33, 64), INT8), Stored((33, 2)), None),
-        ((1, 384), Stored((48, 384), INT8), Stored((48, 3)), Stored((48,))),
+        ((3, 64), Stored((33, 64), INT8), Stored((33, 2)), None, 16),
+        ((1, 384), Stored((48, 384), INT8), Stored((48, 3)), Stored((48,)), 4),
+        ((7, 104), Stored((35, 104), INT8), Stored((35, 4)), None, 8, Stored((1,))),
     ),
 )
-def linear_w8a8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias with int8 weight [n, k] and scales [n, groups]; rows of x become int8 as `quantize_rows` says."""
-    return _dynamic_linear(x, weight, scales, bias, _widen_w8)
+def linear_w8(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, bits: int = 8, step: Tensor | None = None
+) -> Tensor:
+    """x W^T + bias with int8 weight [n, k] and scales [n, groups]; rows of x are rounded as `quantize_rows` says."""
+    return _quantised_linear(x, weight, scales, bias, bits, step, _widen_w8)
 
 
 @op(
     cost=_linear_cost,
+    fact=_linear_fact,
     examples=(
         ((2, 3, 64), Stored((37, 32), PACKED), Stored((37, 2)), Stored((37,))),
-        ((3, 192), Stored((33, 96), PACKED), Stored((33, 3)), None),
-        ((1, 384), Stored((48, 192), PACKED), Stored((48, 3)), Stored((48,))),
+        ((3, 192), Stored((33, 96), PACKED), Stored((33, 3)), None, 16),
+        ((1, 384), Stored((48, 192), PACKED), Stored((48, 3)), Stored((48,)), 4, Stored((1,))),
+        ((7, 104), Stored((35, 52), PACKED), Stored((35, 2)), None),
     ),
 )
-def linear_w4a8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias with int4 weight [n, k / 2], packed as `unpacked` reads it, and scales [n, groups]; x as int8."""
-    return _dynamic_linear(x, weight, scales, bias, _widen_w4)
+def linear_w4(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, bits: int = 8, step: Tensor | None = None
+) -> Tensor:
+    """`linear_w8` with int4 weight [n, k / 2], packed as `unpacked4` reads it."""
+    return _quantised_linear(x, weight, scales, bias, bits, step, _widen_w4)
+
+
+@op(
+    cost=_linear_cost,
+    fact=_linear_fact,
+    examples=(
+        ((2, 3, 64), Stored((37, 24), PACKED), Stored((37, 2)), Stored((37,))),
+        ((3, 192), Stored((33, 72), PACKED), Stored((33, 3)), None, 16),
+        ((1, 384), Stored((48, 144), PACKED), Stored((48, 3)), Stored((48,)), 4),
+        ((7, 104), Stored((35, 39), PACKED), Stored((35, 1)), None, 8, Stored((1,))),
+    ),
+)
+def linear_w3(
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, bits: int = 8, step: Tensor | None = None
+) -> Tensor:
+    """`linear_w8` with int3 weight [n, 3 k / 8], packed as `unpacked3` reads it."""
+    return _quantised_linear(x, weight, scales, bias, bits, step, _widen_w3)
 
 
 @op(
@@ -153,6 +190,15 @@ def dequantize_w8(weight: Tensor, scales: Tensor) -> Tensor:
 def dequantize_w4(weight: Tensor, scales: Tensor) -> Tensor:
     """Packed int4 [n, k / 2] times scales [n, groups]: the float weight [n, k]."""
     return _widen_w4(weight, scales)
+
+
+@op(
+    cost=_widening_cost_w3,
+    examples=((Stored((37, 24), PACKED), Stored((37, 2))), (Stored((33, 72), PACKED), Stored((33, 3)))),
+)
+def dequantize_w3(weight: Tensor, scales: Tensor) -> Tensor:
+    """Packed int3 [n, 3 k / 8] times scales [n, groups]: the float weight [n, k]."""
+    return _widen_w3(weight, scales)
 
 
 @op(cost=_widening_cost, examples=((Stored((37, 40), BF16),), (Stored((5, 33), BF16),)))
@@ -183,7 +229,9 @@ def attention_bf16(
     return weights.to(BF16).to(q.dtype) @ v
 
 
-LINEARS = frozenset({torch.ops.aten.linear.default, linear_bf16.target, linear_w8a8.target, linear_w4a8.target})
+QUANTISED = frozenset({linear_w8.target, linear_w4.target, linear_w3.target})
+"""Those with weights of whole numbers, which round the rows of x."""
+LINEARS = frozenset({torch.ops.aten.linear.default, linear_bf16.target, *QUANTISED})
 """Every op that computes x W^T + bias with x and W as its first two arguments."""
 ATTENTIONS = frozenset({attention.target, attention_bf16.target})
 """Both attentions; their arguments are the same."""
