@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from sylvester.compiler.cache_ops import kv_update_q, quantize_records
 from sylvester.compiler.cost import hint
 from sylvester.compiler.errors import ContractBroken
-from sylvester.compiler.program import Entry, Program
+from sylvester.compiler.program import Entry, Program, binding, value
 
 TOLERANCE = {torch.bfloat16: 1e-1, torch.float16: 1e-2}
 TIGHT = 1e-4
@@ -31,30 +34,66 @@ class Difference:
     tolerance: float
 
 
-def evaluate(program: Program) -> Results:
+Bases = Mapping[str, Callable[[Tensor], Tensor]]
+"""State slot -> what the content it had means in the basis it has now."""
+SAME: Bases = MappingProxyType({})
+
+
+def evaluate(program: Program, bases: Bases = SAME) -> Results:
     """Outputs of every entry that has an example for each of its inputs; states are random but always the same."""
     return {
-        name: program.run(name, entry.examples, random_state(program, entry))
+        name: program.run(name, entry.examples, random_state(program, entry, bases))
         for name, entry in program.entries.items()
         if entry.examples
     }
 
 
-def random_state(program: Program, entry: Entry) -> dict[str, Tensor]:
-    """Seeded normal values for the state slots, or nothing for an entry without state."""
+def random_state(program: Program, entry: Entry, bases: Bases = SAME) -> dict[str, Tensor]:
+    """Seeded normal values for the state slots, put into their bases, or nothing for an entry without state."""
     if not entry.placeholders("state"):
         return {}
     random = torch.Generator().manual_seed(0)
     tokens = _tokens_needed(entry)
     shapes = {name: tuple(hint(n) for n in slot.shape) for name, slot in program.state.items()}
-    shapes = {name: (*shape[:2], min(tokens, shape[2]), *shape[3:]) for name, shape in shapes.items()}
-    return {name: torch.randn(shape, generator=random).to(program.state[name].dtype) for name, shape in shapes.items()}
+    batch = {name: _batch(entry, slot.shape[0]) for name, slot in program.state.items()}
+    shapes = {name: (batch[name], shape[1], min(tokens, shape[2]), *shape[3:]) for name, shape in shapes.items()}
+    made = {
+        name: _random_records(entry, name, shape, random, bases.get(name, lambda x: x))
+        for name, shape in shapes.items()
+    }
+    return {name: made[name].to(program.state[name].dtype) for name in shapes}
+
+
+def _random_records(
+    entry: Entry, key: str, shape: tuple[int, ...], random: torch.Generator, basis: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Normal values, quantised where the entry writes records into the slot."""
+    update = next(u for n in entry.placeholders("state") if binding(n).key == key for u in n.users)
+    if update.target is not kv_update_q.target:
+        return basis(torch.randn(shape, generator=random))
+    width, bits = hint(value(cast(fx.Node, update.args[1])).shape[-1]), cast(int, update.args[3])
+    return quantize_records(basis(torch.randn((*shape[:-1], width), generator=random)), bits)
+
+
+def _batch(entry: Entry, size: int | torch.SymInt) -> int:
+    """The batch of the examples, where a slot takes any."""
+    if isinstance(size, int):
+        return size
+    return next(int(t.shape[0]) for t in entry.examples.values() if t.ndim > 1)
 
 
 def _tokens_needed(entry: Entry) -> int:
     """Cache rows that a run of the example touches: plain PyTorch takes a cache that is just long enough."""
     past = sum(int(t) for t in entry.examples.values() if t.ndim == 0)
     return past + max(t.shape[1] for t in entry.examples.values() if t.ndim > 1)
+
+
+def moved(results: Results, bases: Bases) -> Results:
+    """Results with the contents of state slots put into other bases."""
+    return {
+        entry: {name: bases[name](value) if name in bases else value for name, value in outputs.items()}
+        for entry, outputs in results.items()
+    }
 
 
 def largest_difference(before: Results, after: Results) -> Difference | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, fx
 
+from sylvester.compiler.cache_ops import UPDATES
 from sylvester.compiler.errors import InvalidProgram
 from sylvester.compiler.program import Binding, Entry, Program, binding, value
 
@@ -80,8 +80,7 @@ def _verify_slots(program: Program) -> None:
 
 
 def _verify_read_after_write(node: fx.Node) -> None:
-    update = torch.ops.sylvester.kv_update.default
-    readers = [u for u in node.users if not (u.target is update and u.args[0] is node)]
+    readers = [u for u in node.users if not (u.target in UPDATES and u.args[0] is node)]
     if readers or len(node.users) != 1:
         raise InvalidProgram(
             f"state {binding(node).key!r} must be read by exactly one update, found {list(node.users)}", at=node

@@ -23,7 +23,9 @@ CAPACITY, HEADS, WIDTH = 700, 2, 16
 attention, kv_update = torch.ops.sylvester.attention, torch.ops.sylvester.kv_update
 
 
-def cached(tokens: int, read: object = None) -> Program:
+def cached(
+    tokens: int, read: object = None, held: torch.dtype = torch.bfloat16, widths: tuple[int, int] = (WIDTH, WIDTH)
+) -> Program:
     """q, k, v [1, tokens, heads, width] -> attention over caches that get k and v; the op `read` reads keys."""
     graph, mode = fx.Graph(), FakeTensorMode()
     entry = Entry(graph, [Output("output", "y"), Output("state", "keys"), Output("state", "values")])
@@ -32,13 +34,14 @@ def cached(tokens: int, read: object = None) -> Program:
     for name in ("q", "k", "v", "past"):
         with graph.inserting_before(end):
             places.append(graph.placeholder(name))
-        shape, dtype = ((), torch.int64) if name == "past" else ((1, tokens, HEADS, WIDTH), torch.float32)
+        rows = (1, tokens, HEADS, widths[name == "v"])
+        shape, dtype = ((), torch.int64) if name == "past" else (rows, torch.float32)
         with mode:
             places[-1].meta |= {"val": torch.empty(shape, dtype=dtype), "bind": Binding("input", name)}
-    slot = StateSlot(0, (1, HEADS, CAPACITY, WIDTH), torch.bfloat16)
+    state = {name: StateSlot(n, (1, HEADS, CAPACITY, widths[n]), held) for n, name in enumerate(("keys", "values"))}
     caches = [
         entry.bind("state", name, fake_like(mode, torch.zeros(slot.shape, dtype=slot.dtype)))
-        for name in ("keys", "values")
+        for name, slot in state.items()
     ]
     q, k, v = (entry.emit(torch.ops.aten.permute.default, p, [0, 2, 1, 3], before=end) for p in places[:3])
     keys, values = (
@@ -48,7 +51,7 @@ def cached(tokens: int, read: object = None) -> Program:
         keys = entry.emit(read, keys, before=end)
     y = entry.emit(attention.default, q, keys, values, None, places[3], 0.25, True, 0, before=end)
     end.args = ((y, keys, values),)
-    return Program(ParameterStore(), {"main": entry}, {"keys": slot, "values": slot})
+    return Program(ParameterStore(), {"main": entry}, state)
 
 
 def operands(tokens: int, past: int) -> dict[str, Tensor]:
