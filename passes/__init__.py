@@ -8,7 +8,9 @@ from typing import Any
 PASSES = {
     "canonicalize": "sylvester.passes.canonicalize:Canonicalize",
     "derive-decode": "sylvester.passes.derive_decode:DeriveDecode",
+    "equalize": "sylvester.passes.equalize:Equalize",
     "fold-constants": "sylvester.passes.fold_constants:FoldConstants",
+    "fold-norms": "sylvester.passes.fold_norms:FoldNorms",
     "fold-weights": "sylvester.passes.fold_weights:FoldWeights",
     "last-logits": "sylvester.passes.last_logits:LastLogits",
     "quantize": "sylvester.passes.quantize:Quantize",
@@ -18,10 +20,15 @@ PASSES = {
     "raise-glu": "sylvester.passes.raise_glu:RaiseGlu",
     "raise-norms": "sylvester.passes.raise_norms:RaiseNorms",
     "raise-rope": "sylvester.passes.raise_rope:RaiseRope",
+    "rotate-hadamard": "sylvester.passes.rotate_hadamard:RotateHadamard",
+    "split-linears": "sylvester.passes.split_linears:SplitLinears",
 }
 RECIPES = {
     "bf16": "sylvester.passes.recipes:BF16",
+    "w4a16": "sylvester.passes.recipes:W4A16",
+    "w4a4": "sylvester.passes.recipes:W4A4",
     "w4a8": "sylvester.passes.recipes:W4A8",
+    "w4a8kv4": "sylvester.passes.recipes:W4A8KV4",
     "w8a8": "sylvester.passes.recipes:W8A8",
 }
 """Names of whole lists of passes."""
