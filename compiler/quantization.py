@@ -1,16 +1,70 @@
-"""Round to nearest: float weights -> bfloat16, int8 or int4 with scales, a slice of rows at a time."""
+"""Float weights -> bfloat16, or whole numbers of 8, 4 or 3 bits with scales, a slice of rows at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from sylvester.compiler.packing import packed3, packed4
 from sylvester.compiler.quantized_ops import GROUPS, row_slices
 
 Rounded = tuple[Tensor, Tensor]
-"""Stored numbers [n, k] (int4: [n, k / 2]) and float32 scales [n, groups]."""
+"""Stored numbers [n, k] (int4: [n, k / 2], int3: [n, 3 k / 8]) and float32 scales [n, groups]."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Whole numbers least .. most of `bits` bits; `step` columns fill whole bytes.
+
+    `widest` times the scale is the value largest in magnitude: of a lopsided grid its far end, so that the scale has
+    the sign that puts this value there.
+    """
+
+    bits: int
+    least: int
+    most: int
+    step: int
+    pack: Callable[[Tensor], Tensor]
+
+    @property
+    def lopsided(self) -> bool:
+        return -self.least != self.most
+
+    def widest_scales(self, split: Tensor) -> Tensor:
+        """[..., group] -> [..., 1]: nothing of the group lies past the end of the grid by more than half a step."""
+        if not self.lopsided:
+            return split.abs().amax(-1, keepdim=True) / self.most
+        least, most = split.amin(-1, keepdim=True), split.amax(-1, keepdim=True)
+        return torch.where(most >= -least, most, least) / self.least
+
+    def nearest(self, values: Tensor, scales: Tensor) -> Tensor:
+        """Quotients rounded half to even, in the type of the values; 0 where the scale is 0."""
+        return torch.where(scales == 0, 0.0, torch.round(values / scales)).clamp(self.least, self.most)
+
+
+GRIDS = {
+    8: Grid(8, -127, 127, 1, lambda numbers: numbers),
+    4: Grid(4, -8, 7, 2, packed4),
+    3: Grid(3, -4, 3, 8, packed3),
+}
+SMALLEST_GROUP = GROUPS[0]
+Scaling = Callable[[Tensor, Grid, bool], Tensor]
+"""Split weights [n, groups, group], their grid, whether bfloat16 holds the scales -> scales [n, groups, 1]."""
+
+
+def widest(split: Tensor, grid: Grid, short: bool) -> Tensor:
+    """Scales by which nothing is cut off."""
+    scales = grid.widest_scales(split)
+    return shortened(scales) if short else scales
+
+
+def shortened(scales: Tensor) -> Tensor:
+    """The nearest values that bfloat16 holds: kernels store the scales of groups so."""
+    return scales.bfloat16().float()
 
 
 def round_bf16(weight: Tensor) -> Tensor:
@@ -19,49 +73,51 @@ def round_bf16(weight: Tensor) -> Tensor:
 
 def round_int8(weight: Tensor, group: int = 0) -> Rounded:
     """Numbers in [-127, 127] with scale max |w| / 127, of a whole row or of `group` columns, then held by bfloat16."""
-    columns = weight.shape[1]
-    return _by_rows(weight, lambda rows: _int8(rows, group), columns, columns // group if group else 1)
+    return round_weight(weight, 8, group)
 
 
-def round_int4(weight: Tensor, group: int = 32) -> Rounded:
-    """Numbers in [-8, 7], two to a byte: the largest of a group in magnitude is -8 times a scale of either sign."""
-    if group not in GROUPS:
-        raise ValueError(f"int4 has groups of {GROUPS}, found {group}")
-    columns = weight.shape[1]
-    return _by_rows(weight, lambda rows: _int4(rows, group), columns // 2, columns // group)
+def round_int4(weight: Tensor, group: int = SMALLEST_GROUP) -> Rounded:
+    """Numbers in [-8, 7]: the largest of a group in magnitude is -8 times a scale of either sign."""
+    return round_weight(weight, 4, group)
 
 
-def _by_rows(weight: Tensor, rounded: Callable[[Tensor], Rounded], columns: int, groups: int) -> Rounded:
-    """Only one slice of rows has temporaries, and the results are there before them: the heap stays in one piece."""
-    packed = torch.uint8 if columns < weight.shape[1] else torch.int8
-    numbers = torch.empty((len(weight), columns), dtype=packed)
-    scales = torch.empty((len(weight), groups), dtype=torch.float32)
-    for rows, *results in row_slices(weight, numbers, scales):
-        for result, values in zip(results, rounded(rows.float()), strict=True):
-            result.copy_(values)
+def round_int3(weight: Tensor, group: int = SMALLEST_GROUP) -> Rounded:
+    """Numbers in [-4, 3]: the largest of a group in magnitude is -4 times a scale of either sign."""
+    return round_weight(weight, 3, group)
+
+
+def round_weight(weight: Tensor, bits: int, group: int, scaling: Scaling = widest) -> Rounded:
+    """Weight [n, k] to nearest, by scales of `group` columns or, where it is 0, of a whole row.
+
+    The last group of a row may be shorter. Only one slice of rows has temporaries, and the results are there before
+    them: the heap stays in one piece.
+    """
+    grid = require_format(bits, group, weight.shape[1])
+    n, k = weight.shape
+    numbers = torch.empty((n, k * bits // 8), dtype=torch.int8 if bits == 8 else torch.uint8)
+    scales = torch.empty((n, -(-k // group) if group else 1), dtype=torch.float32)
+    for rows, packed, found in row_slices(weight, numbers, scales):
+        split = split_groups(rows.float(), group)
+        found.copy_(scaling(split, grid, group > 0).squeeze(-1))
+        whole = grid.nearest(split, found.unsqueeze(-1)).to(torch.int8)
+        packed.copy_(grid.pack(whole.flatten(1)[:, :k]))
     return numbers, scales
 
 
-def _int8(rows: Tensor, group: int) -> Rounded:
-    split = rows.unflatten(1, (-1, group or rows.shape[1]))
-    scales = split.abs().amax(-1, keepdim=True) / 127
-    scales = _short(scales) if group else scales
-    return _divide(split, scales).clamp(-127, 127).to(torch.int8).flatten(1), scales.squeeze(-1)
+def require_format(bits: int, group: int, depth: int) -> Grid:
+    """The grid of a format that exists; raises ValueError."""
+    if bits not in GRIDS:
+        raise ValueError(f"whole numbers of {bits} bits, expected one of {list(GRIDS)}")
+    if group not in GROUPS and (group or bits != 8):
+        raise ValueError(f"int{bits} has groups of {GROUPS}, found {group}")
+    if depth % GRIDS[bits].step:
+        raise ValueError(f"int{bits} has depths that are multiples of {GRIDS[bits].step}, found {depth}")
+    return GRIDS[bits]
 
 
-def _int4(rows: Tensor, group: int) -> Rounded:
-    split = rows.unflatten(1, (-1, group))
-    least, most = split.amin(-1, keepdim=True), split.amax(-1, keepdim=True)
-    scales = _short(torch.where(most >= -least, most, least) / -8)
-    nibbles = (_divide(split, scales).clamp(-8, 7) + 8).to(torch.uint8).flatten(1)
-    return nibbles[:, ::2] | nibbles[:, 1::2] << 4, scales.squeeze(-1)
-
-
-def _divide(values: Tensor, scales: Tensor) -> Tensor:
-    """Quotients rounded half to even; 0 where the scale is 0."""
-    return torch.where(scales == 0, 0.0, torch.round(values / scales))
-
-
-def _short(scales: Tensor) -> Tensor:
-    """The nearest values that bfloat16 holds: kernels store the scales of groups so."""
-    return scales.bfloat16().float()
+def split_groups(rows: Tensor, group: int) -> Tensor:
+    """[n, k] -> [n, groups, group], the last group filled up with zeros."""
+    if not group:
+        return rows.unsqueeze(1)
+    split: Tensor = F.pad(rows, (0, -rows.shape[1] % group)).unflatten(1, (-1, group))
+    return split

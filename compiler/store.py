@@ -15,6 +15,8 @@ from sylvester.compiler import knobs
 
 KEPT = "kept"
 WORK = ".work-"
+KINDS = 3
+"""Compiled code, models and finished layers share the room."""
 
 
 @dataclass(frozen=True)
@@ -112,5 +114,5 @@ def _link(source: str, target: str) -> None:
 
 
 def store(kind: str) -> Store:
-    """The user's store of one kind of result, with half the room that the knob gives to all."""
-    return Store(knobs.cache_folder() / KEPT / kind, knobs.cache_bytes() // 2)
+    """The user's store of one kind of result, with its share of the room that the knob gives to all."""
+    return Store(knobs.cache_folder() / KEPT / kind, knobs.cache_bytes() // KINDS)

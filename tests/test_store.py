@@ -104,7 +104,7 @@ def test_the_knob_sets_the_room(monkeypatch, tmp_path):
     monkeypatch.setenv(knobs.CACHE.name, str(tmp_path))
     monkeypatch.setenv(knobs.CACHE_SIZE.name, "10")
 
-    assert store("code") == Store(tmp_path / "kept" / "code", 5_000_000)
+    assert store("code") == Store(tmp_path / "kept" / "code", 3_333_333)
 
 
 def test_room_that_is_no_number(monkeypatch):
