@@ -15,7 +15,7 @@ from sylvester.compiler import artefact, generation, text
 from sylvester.compiler.arrays import is_tensor, to_numpy, to_tensor
 from sylvester.compiler.binding import asked
 from sylvester.compiler.errors import InputError
-from sylvester.compiler.manifest import Manifest
+from sylvester.compiler.manifest import REPORT_HTML, Manifest
 from sylvester.compiler.outputs import package
 from sylvester.compiler.runner import Runner
 from sylvester.compiler.sampling import Sampling
@@ -58,6 +58,11 @@ class Compiled:
     def ledger(self) -> str:
         """What each pass did, as a table."""
         return str(self.report.get("ledger", {}).get("text", ""))
+
+    @property
+    def report_html(self) -> Path:
+        """The report as a page for a browser; an artefact that was not saved takes it along when it is closed."""
+        return self._folder / REPORT_HTML
 
     def read_weights(self) -> None:
         """Bring the weights into memory now, not at the first call: forked processes then share them."""

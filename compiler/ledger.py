@@ -6,11 +6,13 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import median
 
-from sylvester.compiler.changes import Changes
+from sylvester.compiler.changes import Changes, Figure
 from sylvester.compiler.cost import program_cost
 from sylvester.compiler.measure import Measured
 from sylvester.compiler.program import Program
+from sylvester.compiler.quality import Judged
 
 HEADINGS = ("pass", "contract", "applied", "refused", "nodes", "weights MB", "Mflop", "pass ms", "run ms", "max error")
 
@@ -33,7 +35,8 @@ class Facts:
 class Row:
     """One pass. `error` is the largest relative error of any output; None when nothing was compared.
 
-    `measured` says more of what a lossy pass changed, on the example inputs.
+    `measured` says more of what a lossy pass changed, on the example inputs; `quality` what it and the passes before
+    it lost against the float program, on calibration data.
     `runs` is how many seconds plain PyTorch took for the examples of every entry before and after, when they were run.
     """
 
@@ -46,6 +49,7 @@ class Row:
     error: float | None = None
     runs: tuple[float, float] | None = None
     measured: tuple[Measured, ...] = ()
+    quality: tuple[Judged, ...] = ()
 
     def refusals(self) -> dict[tuple[str, str], tuple[int, str]]:
         """(rule, reason) -> how often, and the first place."""
@@ -102,7 +106,8 @@ class Ledger:
         lines = []
         for row in self.rows:
             lines += [f"{row.text}: {rule} x{count}" for rule, count in row.changes.counts().items()]
-            lines += [f"{row.text}: {measured}" for measured in row.measured]
+            found = (*row.measured, *row.quality, *row.changes.notes, *summaries(row.changes.figures))
+            lines += [f"{row.text}: {item}" for item in found]
             for (rule, reason), (count, where) in row.refusals().items():
                 lines.append(f"{row.text}: refused {rule} x{count}: {reason} (at {where})")
         return lines
@@ -123,12 +128,29 @@ class Ledger:
                 "error": row.error,
                 "runs": row.runs,
                 "measured": [asdict(measured) for measured in row.measured],
+                "quality": [asdict(judged) for judged in row.quality],
+                "notes": list(row.changes.notes),
+                "figures": [asdict(figure) for figure in row.changes.figures],
             }
             for row in self.rows
         ]
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
+
+
+def summaries(figures: Sequence[Figure]) -> list[str]:
+    """One line per name: the least, the median and the largest value, and where the extremes are."""
+    lines = []
+    for name in dict.fromkeys(figure.name for figure in figures):
+        alike = sorted((f for f in figures if f.name == name), key=lambda f: f.value)
+        least, most, middle = alike[0], alike[-1], median(f.value for f in alike)
+        lines.append(
+            f"{name}: {least.value:.4g} at {least.where}, median {middle:.4g}, {most.value:.4g} at {most.where}"
+            if len(alike) > 1
+            else f"{name}: {least.value:.4g} at {least.where}"
+        )
+    return lines
 
 
 def _arrow(before: str, after: str) -> str:

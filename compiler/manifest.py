@@ -16,6 +16,7 @@ NAME = "manifest.json"
 PRODUCER = "sylvester"
 TOKENIZER = "tokenizer.json"
 REPORT = "report.json"
+REPORT_HTML = "report.html"
 WEIGHTS = "weights.safetensors"
 
 Size = int | str

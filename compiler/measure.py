@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sylvester.compiler.check import Results, relative_error
 from sylvester.compiler.program import Program, binding
+from sylvester.compiler.quality import kl_rows
 
 TINY = 1e-30
 
@@ -79,13 +80,15 @@ def _logits(program: Program, outputs: list[str]) -> str | None:
 
 
 def _distance(before: Tensor, after: Tensor) -> float:
-    before, after = before.double(), after.double()
+    """Over the places where both are finite; infinite where the others differ."""
+    finite = before.isfinite() & after.isfinite()
+    if not torch.allclose(before[~finite], after[~finite], equal_nan=True):
+        return math.inf
+    before, after = before[finite].double(), after[finite].double()
     return float((after - before).norm() / before.norm().clamp_min(TINY))
 
 
 def _next_token(before: Tensor, after: Tensor) -> NextToken:
-    before, after = (t.double().flatten(0, -2) for t in (before, after))
+    before, after = (t.flatten(0, -2) for t in (before, after))
     agreement = float((before.argmax(-1) == after.argmax(-1)).double().mean())
-    old, new = (F.log_softmax(t, -1) for t in (before, after))
-    kl = float(torch.sum(old.exp() * (old - new), -1).mean())
-    return NextToken(agreement, kl, len(before))
+    return NextToken(agreement, float(kl_rows(before, after).mean()), len(before))

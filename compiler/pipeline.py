@@ -10,12 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from torch import Tensor
+
 from sylvester.compiler import knobs
 from sylvester.compiler.changes import Changes
-from sylvester.compiler.check import Results, evaluate, require_same
+from sylvester.compiler.check import Bases, Results, evaluate, moved, require_same
 from sylvester.compiler.ledger import Facts, Ledger, Row
 from sylvester.compiler.measure import Measured, measure
 from sylvester.compiler.program import Program
+from sylvester.compiler.quality import Judge
 from sylvester.compiler.verify import verify
 
 Contract = Literal["exact", "lossy", "drafted"]
@@ -62,7 +65,7 @@ Observer = Callable[[Event], None]
 class Pipeline:
     """Runs passes in the order written, on a clone. The program is verified at every seam, exact passes numerically.
 
-    What lossy passes change is measured on the example inputs.
+    What lossy passes change is measured on the example inputs, and against the float program on calibration data.
     """
 
     passes: tuple[Pass, ...]
@@ -94,6 +97,8 @@ class Witness:
     def __init__(self) -> None:
         self.last: Results | None = None
         self.seconds = 0.0
+        self.quality = Judge()
+        self.bases: dict[str, Callable[[Tensor], Tensor]] = {}
 
     def before(self, program: Program) -> float:
         """Make sure there are results to compare with; returns the seconds they took."""
@@ -101,10 +106,17 @@ class Witness:
             self.last = self._evaluate(program)
         return self.seconds
 
-    def after(self, program: Program) -> float | None:
+    def after(self, program: Program, bases: Bases) -> float | None:
         """The error against the results before; they become the reference of the next pass."""
-        before, self.last = self.last, self._evaluate(program)
-        return require_same(before or {}, self.last)
+        before = moved(self.last or {}, bases)
+        self._remember(bases)
+        self.last = self._evaluate(program)
+        return require_same(before, self.last)
+
+    def _remember(self, bases: Bases) -> None:
+        for name, change in bases.items():
+            old = self.bases.get(name)
+            self.bases[name] = change if old is None else lambda x, old=old, change=change: change(old(x))  # type: ignore[misc]
 
     def measure(self, program: Program) -> tuple[Measured, ...]:
         """How far the outputs moved from the results before; they become the reference of the next pass."""
@@ -113,7 +125,7 @@ class Witness:
 
     def _evaluate(self, program: Program) -> Results:
         start = time.perf_counter()
-        results = evaluate(program)
+        results = evaluate(program, self.bases)
         self.seconds = time.perf_counter() - start
         return results
 
@@ -125,6 +137,8 @@ def _apply(step: Pass, program: Program, before: Facts, witness: Witness | None)
     step.requires(program)
     judge = None if step.contract == "drafted" else witness
     ran_before = judge.before(program) if judge else 0.0
+    if judge and step.contract == "lossy":
+        judge.quality.before(program)
     start = time.perf_counter()
     changes = step.run(program)
     program.sweep()
@@ -136,10 +150,11 @@ def _apply(step: Pass, program: Program, before: Facts, witness: Witness | None)
             witness.forget()
         return row
     if step.contract == "exact":
-        return replace(row, error=judge.after(program), runs=(ran_before, judge.seconds))
+        return replace(row, error=judge.after(program, changes.bases), runs=(ran_before, judge.seconds))
     measured = judge.measure(program)
     largest = max((m.largest for m in measured), default=None)
-    return replace(row, error=largest, measured=measured, runs=(ran_before, judge.seconds))
+    quality = judge.quality.after(program)
+    return replace(row, error=largest, measured=measured, quality=quality, runs=(ran_before, judge.seconds))
 
 
 @contextmanager
