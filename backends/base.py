@@ -12,6 +12,7 @@ from sylvester.compiler.ledger import Fusion
 from sylvester.compiler.manifest import Manifest
 from sylvester.compiler.program import Program
 from sylvester.compiler.progress import Progress
+from sylvester.compiler.recipe import Speed
 from sylvester.compiler.target import Target
 
 
@@ -34,6 +35,10 @@ class Backend(ABC):
 
         `Unsupported` names the ops that have no lowering; `ToolchainMissing` when code cannot be compiled.
         """
+
+    def speed(self, program: Program, target: Target) -> Speed | None:
+        """What times linear layers of the program by the bits of their weights; None where that cannot be done here."""
+        return None
 
     def identity(self, target: Target) -> tuple[str, ...] | None:
         """What decides the result of `build` besides program, target and this package: tools, measurements.

@@ -27,6 +27,9 @@ class Null:
 
         return manifest(program, target)
 
+    def speed(self, program: Program, target: Target) -> None:
+        return None
+
     def identity(self, target: Target) -> tuple[str, ...] | None:
         return None
 

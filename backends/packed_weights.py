@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sylvester.backends.signature import dtype_text
 from sylvester.backends.tensor_writer import Deferred
-from sylvester.codegen.formats import packed, panel_bytes
+from sylvester.codegen.formats import depth, packed, panel_bytes
 from sylvester.codegen.layout import F32, PANEL, Layout
 from sylvester.compiler.binding import DTYPES
 from sylvester.compiler.program import Program
@@ -48,8 +48,7 @@ def _packed(program: Program, layout: Layout) -> Iterator[NDArray[Any]]:
 def _packed_shape(program: Program, layout: Layout) -> tuple[int, ...]:
     widths = [program.weights[key].shape[0] for key in layout.keys]
     panels = sum(-(-n // PANEL) for n in widths) if layout.ways > 1 else -(-sum(widths) // PANEL)
-    columns = program.weights[layout.keys[0]].shape[1]
-    k = columns * 2 if layout.format.name == "q4" else columns
+    k = depth(layout.format, program.weights[layout.keys[0]].shape[1])
     return (panels, k, PANEL) if layout.format == F32 else (panels, panel_bytes(layout.format, k))
 
 

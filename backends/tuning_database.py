@@ -135,8 +135,9 @@ class Database:
 
     def _prepare(self) -> None:
         """Set up a new file; refuse one that is not ours, leaving it as it is."""
-        found = self._guarded(lambda: self._connection.execute("PRAGMA user_version").fetchone()[0])
+        # Tables and version appear at once, so the version that is read last belongs to the tables.
         tables = self._guarded(lambda: self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
+        found = self._guarded(lambda: self._connection.execute("PRAGMA user_version").fetchone()[0])
         if found not in (0, SCHEMA) or (found == 0 and tables):
             raise DatabaseError(
                 f"the tuning database {str(self.path)!r} has schema version {found}, this version uses {SCHEMA}",

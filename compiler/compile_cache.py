@@ -26,7 +26,7 @@ from sylvester.compiler.store import link_tree, store
 from sylvester.compiler.target import Target
 
 if TYPE_CHECKING:
-    from sylvester.compiler.pipeline import Pass
+    from sylvester.compiler.resolve import Step
 
 KIND = "models"
 PACKAGES = ("sylvester", "compiler", "passes", "codegen", "backends")
@@ -54,8 +54,16 @@ class Key:
         return [f"the next run compiles this model anew: {self.reason}"] if self.reason else []
 
 
-def key(model: Any, example_inputs: Any, dynamic: Any, target: Target, steps: Sequence[Pass], backend: Builder) -> Key:
-    """What decides the artefact: model, inputs, options, this program's own code, libraries, compiler."""
+def key(
+    model: Any,
+    example_inputs: Any,
+    dynamic: Any,
+    target: Target,
+    steps: Sequence[Step],
+    backend: Builder,
+    calibration: Any = None,
+) -> Key:
+    """What decides the artefact: model, inputs, options, data, this program's own code, libraries, compiler."""
     if knobs.REUSE.get() == "0" or not store(KIND).limit:
         return Key("")
     if target.tune is not None:
@@ -69,7 +77,7 @@ def key(model: Any, example_inputs: Any, dynamic: Any, target: Target, steps: Se
     try:
         digest.add([_global_forward_pre_hooks, _global_forward_hooks])
         digest.add(list(steps))
-        digest.add((example_inputs, dynamic))
+        digest.add((example_inputs, dynamic, calibration))
         _add_model(digest, model)
     except Opaque as error:
         return Key("", f"it has {error}, which has no digest")

@@ -9,16 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sylvester.compiler import compile_cache, registry
+from sylvester.compiler import compile_cache, registry, report_html
+from sylvester.compiler.calibration import Calibration
 from sylvester.compiler.causal_lm import analyse
 from sylvester.compiler.changes import Refusal
 from sylvester.compiler.compiled import Compiled
 from sylvester.compiler.errors import CompileError, Unsupported
 from sylvester.compiler.ledger import Ledger
-from sylvester.compiler.manifest import REPORT, TOKENIZER
+from sylvester.compiler.manifest import REPORT, REPORT_HTML, TOKENIZER, Manifest
 from sylvester.compiler.pipeline import Event, Pass, Pipeline
 from sylvester.compiler.program import Program
-from sylvester.compiler.progress import Progress, silent
+from sylvester.compiler.progress import Progress, silent, watching
+from sylvester.compiler.resolve import Step, expand, resolve_passes
+from sylvester.compiler.samples import listed, parse
 from sylvester.compiler.target import Target
 from sylvester.compiler.trace import capture
 
@@ -60,8 +63,8 @@ def compile(
     example_inputs: Any = None,
     *,
     target: Target | str = "cpu",
-    passes: str | Pass | Sequence[str | Pass] = (),
-    calibration: Iterable[Any] | None = None,
+    passes: str | Step | Sequence[str | Step] = (),
+    calibration: Iterable[Any] | Calibration | None = None,
     draft: Sequence[Pass] | None = None,
     budget: object | None = None,
     dynamic: Any = None,
@@ -69,28 +72,37 @@ def compile(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Compiled:
-    """Compile a model for a target. The result is called like the model; `save` keeps it."""
-    _refuse_untaken(calibration=calibration, draft=draft, budget=budget)
+    """Compile a model for a target. The result is called like the model; `save` keeps it.
+
+    `calibration` is data that passes fit to and that lossy passes are measured on: texts, token ids [tokens] or
+    [batch, tokens], tuples of inputs or dicts by name. The last quarter is held back for measuring only.
+    """
+    _refuse_untaken(draft=draft, budget=budget)
     report = progress or silent
     chosen = Target.parse(target, threads=threads, tune=tune)
     backend = registry.lookup("targets", chosen.name)()
     if chosen.tune is not None and not getattr(backend, "tunes", False):
         raise Unsupported(f"the target {chosen.name!r} has nothing to tune", hint="leave out `tune`")
     steps = resolve_passes(passes)
-    key = compile_cache.key(model, example_inputs, dynamic, chosen, steps, backend)
+    data = listed(calibration)
+    key = compile_cache.key(model, example_inputs, dynamic, chosen, steps, backend, data)
     if reused := compile_cache.reuse(key, threads):
         return reused
     program, raised = _trace(model, example_inputs, dynamic, report, chosen.max_length)
-    program, rewritten = _rewrite(program, steps, report)
+    program = _calibrated(program, data, report)
+    with watching(report):
+        rewrites, chosen_by = expand(steps, program, backend.speed(program, chosen))
+    program, rewritten = _rewrite(program, rewrites, report)
     folder = compile_cache.workplace(key)
     try:
         manifest = backend.build(program, chosen, folder, report)
         _add_tokenizer(program, folder)
-        notes = [*program.info.get("notes", []), *getattr(backend, "notes", ()), *key.notes]
+        notes = [*chosen_by, *program.info.get("notes", []), *getattr(backend, "notes", ()), *key.notes]
         fusions = list(getattr(backend, "fusions", ()))
-        facts = getattr(backend, "facts", {})
-        _write_report(folder, Ledger(raised.rows + rewritten.rows, notes, fusions), facts)
-        replace(manifest, passes=tuple(str(step) for step in steps)).seal(folder)
+        facts = {"model": _model_facts(program), **getattr(backend, "facts", {})}
+        manifest = replace(manifest, passes=tuple(map(str, rewrites)))
+        _write_report(folder, manifest, Ledger(raised.rows + rewritten.rows, notes, fusions), facts)
+        manifest.seal(folder)
         compile_cache.keep(key, folder)
         return Compiled.owning(folder, threads=threads)
     except BaseException:
@@ -108,7 +120,7 @@ def _trace(
     progress("trace", 1, 1)
     program.info["captured"] = list(program.weights)
     _limit_length(program, max_length)
-    program, ledger = _rewrite(program, resolve_passes(RAISE), progress)
+    program, ledger = _rewrite(program, _built_in(RAISE), progress)
     return _derive(program, ledger, progress)
 
 
@@ -124,7 +136,7 @@ def _derive(program: Program, ledger: Ledger, progress: Progress) -> tuple[Progr
         program.info["notes"].append(
             f"the model states no longest sequence: caches hold {DEFAULT_LENGTH} tokens; Target(max_length=) sets it"
         )
-    program, derived = _rewrite(program, resolve_passes(DERIVE), progress)
+    program, derived = _rewrite(program, _built_in(DERIVE), progress)
     return program, Ledger(ledger.rows + derived.rows)
 
 
@@ -139,25 +151,27 @@ def _limit_length(program: Program, max_length: int) -> None:
         program.info["max_length"] = max_length
 
 
+def _calibrated(program: Program, given: list[Any] | Calibration | None, progress: Progress) -> Program:
+    """The program with its calibration data, when there is any."""
+    if given is None:
+        return program
+    progress("calibration", 0, 1)
+    program = program.clone()
+    program.calibration = parse(program, given)
+    progress("calibration", 1, 1)
+    return program
+
+
+def _built_in(names: Sequence[str]) -> tuple[Pass, ...]:
+    return tuple(registry.lookup("passes", name)() for name in names)
+
+
 def _rewrite(program: Program, steps: tuple[Pass, ...], progress: Progress) -> tuple[Program, Ledger]:
     def observe(event: Event) -> None:
         progress(f"pass {event.step}", event.index + 1, len(steps))
 
-    return Pipeline(steps, (observe,)).run(program)
-
-
-def resolve_passes(passes: str | Pass | Sequence[str | Pass]) -> tuple[Pass, ...]:
-    """Pass instances for names, recipes and instances; an unknown name is an error that names the nearest ones."""
-    given = [passes] if isinstance(passes, (str, Pass)) else list(passes)
-    return tuple(step for p in given for step in ((p,) if isinstance(p, Pass) else _named(p)))
-
-
-def _named(name: str) -> tuple[Pass, ...]:
-    """The passes of a recipe, or the one pass of that name."""
-    if name in registry.table("recipes"):
-        recipe: tuple[Pass, ...] = registry.lookup("recipes", name)
-        return recipe
-    return (registry.lookup("passes", name)(),)
+    with watching(progress):
+        return Pipeline(steps, (observe,)).run(program)
 
 
 def _refuse_untaken(**options: object) -> None:
@@ -177,6 +191,18 @@ def _add_tokenizer(program: Program, folder: Path) -> None:
     shutil.copyfile(source, folder / TOKENIZER)
 
 
-def _write_report(folder: Path, ledger: Ledger, facts: Mapping[str, object]) -> None:
-    report = {"ledger": {"rows": ledger.to_dict(), "fusions": ledger.fused(), "text": str(ledger)}, **facts}
+def _model_facts(program: Program) -> dict[str, object]:
+    data = program.calibration
+    return {
+        "architecture": program.info.get("architecture", ""),
+        "kind": program.info.get("kind", ""),
+        "max_length": program.info.get("max_length", 0),
+        "calibration": {"fit": len(data.fit), "held": len(data.held)} if data else None,
+    }
+
+
+def _write_report(folder: Path, manifest: Manifest, ledger: Ledger, facts: Mapping[str, object]) -> None:
+    parts = {"rows": ledger.to_dict(), "fusions": ledger.fused(), "notes": ledger.notes, "text": str(ledger)}
+    report = {"ledger": parts, **facts}
     (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / REPORT_HTML).write_text(report_html.render(report, manifest), encoding="utf-8")

@@ -27,7 +27,9 @@ HUGE_PAGES = Knob(
     "SYLVESTER_HUGE_PAGES", "1", "0 maps large weights from the file: processes share them, kernels read them slower"
 )
 CACHE = Knob("SYLVESTER_CACHE", "", "folder of everything kept between runs; empty: ~/.cache/sylvester")
-CACHE_SIZE = Knob("SYLVESTER_CACHE_SIZE", "4000", "megabytes of compiled code and models kept for reuse; 0: nothing")
+CACHE_SIZE = Knob(
+    "SYLVESTER_CACHE_SIZE", "4000", "megabytes of compiled code, models and quantised layers kept for reuse; 0: nothing"
+)
 REUSE = Knob("SYLVESTER_REUSE", "1", "0 compiles a model anew even if it is kept from an earlier run")
 TUNE = Knob("SYLVESTER_TUNE", "1", "0 ignores the tuning database and builds kernels with their defaults")
 CHECK = Knob("SYLVESTER_CHECK", "1", "0 skips the numerical check of exact passes")

@@ -10,13 +10,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from sylvester.compiler.cache_ops import attention_q
 from sylvester.compiler.dataflow import Dataflow, Segment, walk
 from sylvester.compiler.perturb import mixes_rows
 from sylvester.compiler.program import Program, value
 
 aten = torch.ops.aten
 SUMS = (aten.add.Tensor, aten.sub.Tensor)
-ATTENTIONS = (aten.scaled_dot_product_attention.default, torch.ops.sylvester.attention.default)
+ATTENTIONS = (aten.scaled_dot_product_attention.default, torch.ops.sylvester.attention.default, attention_q.target)
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.einsum.default, *ATTENTIONS)
 
 

@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sylvester import passes as passes
     from sylvester.compiler.compiled import Compiled as Compiled
     from sylvester.compiler.compiled import load as load
@@ -27,7 +29,15 @@ _PLACES = {
     "trace": "sylvester.compiler.driver",
 }
 
-__all__ = ["CompileError", "Compiled", "Program", "Target", "compile", "load", "passes", "trace"]
+__all__ = ["CompileError", "Compiled", "Program", "Target", "compile", "hadamard", "load", "passes", "trace"]
+
+
+def hadamard(x: Tensor, block: int | None = None, transposed: bool = False) -> Tensor:
+    """Blocks of the last axis of x times H^T / sqrt(block), or H; without a block, the largest that has a matrix H."""
+    from sylvester.compiler import ops
+    from sylvester.compiler.hadamard import largest_block
+
+    return ops.hadamard(x, largest_block(int(x.shape[-1])) if block is None else block, transposed)
 
 
 def __getattr__(name: str) -> Any:

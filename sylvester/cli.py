@@ -38,6 +38,7 @@ Model = Annotated[
         help="A Hugging Face folder, a .pt2 file, or module:factory returning a module or (module, inputs)."
     ),
 ]
+PASSES = "Passes and recipes to apply, separated by commas, with options such as quantize(weights=4, group=32)."
 Threads = Annotated[int | None, typer.Option(help="Threads to use; default: every core.")]
 
 
@@ -53,6 +54,12 @@ def run(arguments: Sequence[str]) -> int:
     if code == INTERRUPTED:
         raise KeyboardInterrupt
     return code
+
+
+def _passes(text: str) -> list[str]:
+    from sylvester.compiler.resolve import separated
+
+    return separated(text)
 
 
 def _version(wanted: bool) -> None:
@@ -75,11 +82,14 @@ def compile_command(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the artefact goes.")],
     target: Annotated[str, typer.Option(help="What to compile for.")] = "cpu",
-    passes: Annotated[str, typer.Option(help="Passes to apply, separated by commas.")] = "",
+    passes: Annotated[str, typer.Option(help=PASSES)] = "",
     threads: Threads = None,
     max_length: Annotated[
         int, typer.Option(min=0, help="Longest sequence of a language model; 0: the model's own.")
     ] = 0,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Data for passes that measure: a text, or token ids in .npy or .safetensors.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile a model and save the artefact."""
@@ -87,15 +97,17 @@ def compile_command(
     from sylvester.compiler.target import Target
 
     check_destination(output)
-    from sylvester.cli_inputs import load_model
+    from sylvester.cli_inputs import load_model, read_calibration
     from sylvester.compiler.driver import compile as build
 
     start = time.perf_counter()
+    data = None if calibration is None else read_calibration(calibration)
     module, example = load_model(model)
-    names = [name.strip() for name in passes.split(",") if name.strip()]
+    names = _passes(passes)
     with watched(not as_json) as progress:
         chosen = Target(target, max_length=max_length)
-        compiled = build(module, example, target=chosen, passes=names, threads=threads, progress=progress)
+        options: dict[str, Any] = {"passes": names, "calibration": data, "threads": threads, "progress": progress}
+        compiled = build(module, example, target=chosen, **options)
     with compiled:
         compiled.save(output)
         size, seconds = sum(spec.bytes for spec in compiled.manifest.files.values()), time.perf_counter() - start
@@ -219,7 +231,7 @@ def _bench_kernels(artefact: Path, threads: int | None, as_json: bool, **asked: 
 def tune(
     model: Annotated[str | None, typer.Argument(help="An artefact folder, or a model as for `compile`.")] = None,
     seconds: Annotated[float, typer.Option(help="How long to measure at most, builds included.")] = 30.0,
-    passes: Annotated[str, typer.Option(help="Passes to apply to a model first, separated by commas.")] = "",
+    passes: Annotated[str, typer.Option(help=PASSES)] = "",
     threads: Threads = None,
     explain: Annotated[bool, typer.Option("--explain", help="Measure nothing; say what is known and why not.")] = False,
     export: Annotated[Path | None, typer.Option(help="Write all results to this JSON file.")] = None,
@@ -233,7 +245,7 @@ def tune(
     if merge is not None:
         rows.append(cli_tune.merge_from(merge))
     if model is not None:
-        names = [name.strip() for name in passes.split(",") if name.strip()]
+        names = _passes(passes)
         with watched(not as_json) as progress:
             found = (
                 cli_tune.explained(model, names, threads)
@@ -268,6 +280,22 @@ def show(model: Model, as_json: Json = False) -> None:
     from sylvester.cli_show import artefact_facts, program_facts
 
     facts, text = artefact_facts(Path(model)) if (Path(model) / "manifest.json").exists() else program_facts(model)
+    emit(facts, text, as_json)
+
+
+@app.command()
+def report(
+    artefact: Folder,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page to this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what every pass of a compilation did and cost."""
+    from sylvester.cli_report import report_facts, write_page
+
+    facts, text = report_facts(artefact)
+    if html is not None:
+        write_page(artefact, html)
+        text = f"wrote {html}"
     emit(facts, text, as_json)
 
 

@@ -77,6 +77,33 @@ def _load(path: Path) -> Any:
         raise InputError(f"cannot read {str(path)!r}: {error}") from error
 
 
+def read_calibration(path: Path) -> list[Any]:
+    """Samples of a file: a text, or arrays in .npy and .safetensors; every row of token ids is a sample."""
+    if path.suffix == ".npy":
+        return _rows(_load(path))
+    if path.suffix == ".safetensors":
+        return [row for array in _tensors(path) for row in _rows(array)]
+    try:
+        return [path.read_text(encoding="utf-8")]
+    except (OSError, UnicodeDecodeError) as error:
+        hint = "give a text in UTF-8, or arrays in a file that ends in .npy or .safetensors"
+        raise InputError(f"cannot read {str(path)!r}: {error}", hint=hint) from error
+
+
+def _rows(array: Array) -> list[Array]:
+    return list(array) if array.ndim == 2 and array.dtype.kind in "iu" else [array]
+
+
+def _tensors(path: Path) -> list[Array]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return list(load_file(path).values())
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {str(path)!r}: {error}") from error
+
+
 def _from_json(path: Path, specs: Sequence[TensorSpec]) -> dict[str, Array]:
     """Nested lists by name, in the dtype the model expects."""
     try:

@@ -57,6 +57,7 @@ def watched(wanted: bool) -> Iterator[Progress]:
 
 def pass_rows() -> list[dict[str, str]]:
     """Name, contract and first line of the documentation of every registered pass, and what each recipe stands for."""
+    from sylvester.compiler.recipe import Recipe
     from sylvester.compiler.registry import resolve, table
 
     rows = []
@@ -64,7 +65,9 @@ def pass_rows() -> list[dict[str, str]]:
         cls = resolve(place)
         rows.append({"pass": name, "contract": str(cls.contract), "does": _first_line(cls)})
     for name, place in sorted(table("recipes").items()):
-        rows.append({"pass": name, "contract": "recipe", "does": ", ".join(map(str, resolve(place)))})
+        recipe = resolve(place)
+        does = recipe.summary() if isinstance(recipe, Recipe) else ", ".join(map(str, recipe))
+        rows.append({"pass": name, "contract": "recipe", "does": does})
     return rows
 
 

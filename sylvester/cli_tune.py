@@ -58,10 +58,13 @@ def problems_of(model: str, passes: list[str]) -> Problems:
         return read_problems(Path(model))
     from sylvester.cli_inputs import load_model
     from sylvester.codegen.compile import program_problems
-    from sylvester.compiler.driver import resolve_passes, trace
+    from sylvester.compiler.driver import trace
     from sylvester.compiler.pipeline import Pipeline
+    from sylvester.compiler.resolve import expand, resolve_passes
 
-    program, _ = Pipeline(resolve_passes(passes)).run(trace(*load_model(model)))
+    program = trace(*load_model(model))
+    steps, _ = expand(resolve_passes(passes), program, None)
+    program = Pipeline(steps)(program)
     return program_problems(program)
 
 

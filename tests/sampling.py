@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sylvester.compiler import ops  # noqa: F401  (registers the dialect)
+from sylvester.compiler.cache_ops import quantize_records
 
 Size = int | str
 SIZES = ({"n": 5, "m": 7}, {"n": 3, "m": 11}, {"n": 1, "m": 34})
@@ -21,7 +21,10 @@ EDGES = (0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, -2.5, 3.0, -3.0, 100.0, -100
 
 @dataclass(frozen=True)
 class Sample:
-    """A random tensor. `kind`: normal, short (held by bfloat16), uniform or integer in [low, high), bool, edges."""
+    """A random tensor.
+
+    `kind`: normal, short (held by bfloat16), uniform or integer in [low, high), bool, edges, records of `low` bits.
+    """
 
     shape: tuple[Size, ...]
     kind: str = "normal"
@@ -51,6 +54,8 @@ class Sample:
         if self.kind == "uniform":
             return torch.rand(shape, generator=random) * (self.high - self.low) + self.low
         made = torch.randn(shape, generator=random)
+        if self.kind == "records":
+            return quantize_records(made, int(self.low))
         return made.bfloat16().float() if self.kind == "short" else made
 
 

@@ -20,7 +20,9 @@ from tests import (
     test_kernels_bf16,
     test_kernels_conv2d,
     test_kernels_gemm,
+    test_kernels_hadamard,
     test_kernels_math,
+    test_kernels_records,
 )
 
 pytestmark = [
@@ -33,7 +35,13 @@ KERNELS = {
     "empty": test_kernels_gemm.test_empty_sizes,
     "exp": lambda isa: test_kernels_math.test_close_to_float64(isa, "exp"),
     "bf16": lambda isa: test_kernels_bf16.test_panels(isa, ""),
+    "records": lambda isa: test_kernels_records.check_cases(
+        isa, 2, [(40, "none", 8), (150, "none", 4)], test_kernels_records.USED[:5]
+    ),
+    "record rows": lambda isa: test_kernels_records.test_rows_are_written_as_the_op_does(isa, 4),
     "conv2d": lambda isa: test_kernels_conv2d.test_conv2d(isa, 2, 0),
+    "hadamard": lambda isa: test_kernels_hadamard.test_every_kind_of_base(isa, "lanes"),
+    "hadamard fourier": lambda isa: test_kernels_hadamard.test_every_kind_of_base(isa, "fourier"),
 }
 """The bodies of the kernel tests, which take any variant."""
 

@@ -21,7 +21,7 @@ from sylvester.codegen.lowering import LOWERINGS
 from sylvester.compiler import knobs
 from sylvester.compiler.errors import Unsupported
 from sylvester.compiler.manifest import NAME, read
-from sylvester.compiler.ops import OPS, Example, Ints, Op, Stored
+from sylvester.compiler.ops import OPS, Example, Ints, Op, Records, Stored
 from sylvester.compiler.program import Program
 from sylvester.compiler.progress import silent
 from sylvester.compiler.target import Target
@@ -45,6 +45,8 @@ WITHOUT_CASE = {operator.getitem}
 def sample(argument: object) -> object:
     if isinstance(argument, Ints):
         return Sample(argument.shape, "integer", 0, argument.high)
+    if isinstance(argument, Records):
+        return Sample(argument.shape, "records", argument.bits)
     if isinstance(argument, Stored) and argument.dtype.is_floating_point:
         return Sample(argument.shape, "short", weight=True, dtype=argument.dtype)
     if isinstance(argument, Stored):

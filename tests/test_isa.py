@@ -111,10 +111,12 @@ def test_this_cpu_is_what_the_kernel_says():
         (("f32",), "x86_64", ["scalar", "avx2", "avx512"]),
         (("q8",), "x86_64", ["scalar", "avx2", "avx512", "vnni", "amx"]),
         (("q4", "f32"), "x86_64", ["scalar", "avx2", "avx512", "vnni", "amx"]),
+        (("q3",), "x86_64", ["scalar", "avx2", "avx512", "vnni", "amx"]),
         (("bf16",), "x86_64", ["scalar", "avx2", "avx512", "bf16", "amx"]),
         (("bf16", "q8"), "x86_64", ["scalar", "avx2", "avx512", "vnni", "bf16", "amx"]),
         (("f32",), "aarch64", ["neon"]),
         (("q8",), "aarch64", ["neon", "dotprod"]),
+        (("q3",), "aarch64", ["neon", "dotprod"]),
     ],
 )
 def test_an_artefact_carries_what_its_formats_gain_from(formats, architecture, names):

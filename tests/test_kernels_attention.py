@@ -162,6 +162,15 @@ def test_every_tuning_is_right(tuning):
             check(lib, made, instance, case, part)
 
 
+def test_asking_for_memory_ahead_changes_nothing():
+    instances = [(64, 64, "none", "f32"), (7, 5, "none", "bf16")]
+    lib = load("#define SV_ATT_FAR 1\n" + source(instances), supported()[-1])
+    with team(lib, 2) as made:
+        for instance in instances:
+            for case in CASES:
+                check(lib, made, instance, case)
+
+
 def test_wrong_tuning_is_refused():
     with pytest.raises(ValueError, match="multiples of 32"):
         Tuning(keys=100)

@@ -150,13 +150,13 @@ def test_too_little_memory_is_a_note(monkeypatch):
 
 
 @pytest.mark.parametrize("ways", [1, 2])
-@pytest.mark.parametrize("form", [F32, Format("q8", 32), Format("q4", 64)])
+@pytest.mark.parametrize("form", [F32, Format("q8", 32), Format("q4", 64), Format("q3", 32)])
 def test_packing_in_pieces_is_packing_at_once(form, ways, monkeypatch):
     from sylvester.codegen import formats
 
     rng, k = np.random.default_rng(0), 128
     widths = (100, 100) if ways > 1 else (70, 33, 130)
-    kinds = {"f32": (np.float32, k), "q8": (np.int8, k), "q4": (np.uint8, k // 2)}
+    kinds = {"f32": (np.float32, k), "q8": (np.int8, k), "q4": (np.uint8, k // 2), "q3": (np.uint8, 3 * k // 8)}
     dtype, columns = kinds[form.name]
     parts = [rng.integers(0, 100, (n, columns)).astype(dtype) for n in widths]
     scales = [rng.random((n, k // form.group), np.float32) for n in widths] if form.group else []

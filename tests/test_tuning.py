@@ -138,10 +138,13 @@ def test_real_candidates_of_a_tiny_layer_agree_and_are_timed(tmp_path):
         Problem("linear", "bf16", (5, 40, 33)),
         Problem("linear", "q8", (5, 40, 33)),
         Problem("linear", "q8/32", (5, 40, 64)),
+        Problem("linear", "q3/32", (5, 40, 64)),
         Problem("linear", "q4/32", (5, 40, 64)),
         Problem("attention", "f32/causal", (9, 9, 4, 2, 16)),
         Problem("attention", "f32/full", (1, 70, 4, 2, 16)),
         Problem("attention", "bf16/full", (1, 70, 4, 2, 16)),
+        Problem("attention", "q8/full", (1, 70, 4, 2, 16)),
+        Problem("attention", "q4/causal", (9, 70, 4, 2, 16)),
     ],
     ids=str,
 )

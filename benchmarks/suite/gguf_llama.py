@@ -10,7 +10,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
-from benchmarks.suite.shapes import Checkpoint, llama_config
+from benchmarks.suite.shapes import Checkpoint
 
 KINDS = {"fp32": (Kind.F32, 0), "bf16": (Kind.BF16, 32), "int8": (Kind.Q8_0, 7), "int4": (Kind.Q4_0, 2)}
 """Tensor type and the number of the file type."""
@@ -24,7 +24,7 @@ OUTER = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": 
 
 
 def write(path: Path, checkpoint: Checkpoint, precision: str) -> None:
-    config = llama_config(checkpoint.shape)
+    config = checkpoint.config
     kind, file_type = KINDS[precision]
     writer = gguf.GGUFWriter(str(path), "llama")
     describe(writer, config)

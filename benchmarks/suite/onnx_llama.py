@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.suite.shapes import Checkpoint, llama_config
+from benchmarks.suite.shapes import Checkpoint
 from benchmarks.suite.sizes import CAPACITY
 
 MICROSOFT = "com.microsoft"
@@ -73,8 +73,9 @@ class Graph:
         return self.add("MatMulNBits", [x, weights, scales], [name], MICROSOFT, **sizes)
 
 
-def write(path: Path, checkpoint: Checkpoint, precision: str) -> None:
-    config, graph = llama_config(checkpoint.shape), Graph(precision)
+def write(path: Path, checkpoint: Checkpoint, precision: str, every: bool = False) -> None:
+    """Logits of the last position, or with `every` of all of them, by a head that shares nothing with the embedding."""
+    config, graph = checkpoint.config, Graph(precision)
     weights = {name: tensor.float().numpy() for name, tensor in checkpoint.tensors().items()}
     width = config.hidden_size // config.num_attention_heads
     rotation_tables(graph, width, config.rope_parameters["rope_theta"])
@@ -85,8 +86,11 @@ def write(path: Path, checkpoint: Checkpoint, precision: str) -> None:
     h = graph.add("SimplifiedLayerNormalization", [x, first], ["h"], stash_type=1, **kind)
     for index in range(config.num_hidden_layers):
         x, h = block(graph, weights, config, index, x, h)
-    last = graph.add("Gather", [h, graph.constant("last", np.array([-1]))], ["hidden.last"], axis=1)
-    head(graph, last, weights["model.embed_tokens.weight"])
+    if every:
+        graph.matmul(h, "logits", weights["model.embed_tokens.weight"])
+    else:
+        last = graph.add("Gather", [h, graph.constant("last", np.array([-1]))], ["hidden.last"], axis=1)
+        head(graph, last, weights["model.embed_tokens.weight"])
     save(graph, config, width, path)
 
 

@@ -28,6 +28,11 @@ class Checkpoint:
     def folder(self) -> Path:
         return cached(self.models / f"{self.shape}-checkpoint", write_checkpoint, self.shape)
 
+    @property
+    def config(self) -> LlamaConfig:
+        """Of S and L."""
+        return llama_config(self.shape)
+
     def file(self, name: str) -> Path:
         return self.models / f"{self.shape}-{name}"
 
