@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +64,23 @@ class Library:
         return function
 
 
+_opened: dict[str, list[tuple[int, int]]] = {}
+"""Absolute path -> device and inode of every file that was found there; loaded code stays mapped, so none is reused."""
+
+
+def _unambiguous(path: Path) -> str:
+    """The path with one `.` for every file that lay there before: dlopen goes by the name before it reads the file."""
+    folder, name = os.path.split(os.path.abspath(path))
+    found = os.stat(path)
+    files = _opened.setdefault(os.path.join(folder, name), [])
+    if (found.st_dev, found.st_ino) not in files:
+        files.append((found.st_dev, found.st_ino))
+    return os.path.join(folder, *["."] * files.index((found.st_dev, found.st_ino)), name)
+
+
 def _open(path: Path) -> ctypes.CDLL:
     try:
-        code = ctypes.CDLL(str(path))
+        code = ctypes.CDLL(_unambiguous(path))
     except OSError as error:
         raise ArtefactError(f"cannot load {path}: {error}", hint="artefacts are for Linux") from error
     if not hasattr(code, "sv_abi"):

@@ -61,13 +61,19 @@ def packed(layout: Layout, weights: Sequence[Array], scales: Sequence[Array]) ->
     for start in range(0, whole, step):
         rows = slice(start, start + step)
         if layout.ways == 1:
-            yield _pack(layout.format, _rows(weights, rows), _rows(scales, rows) if scales else None)
+            yield _pack(layout.format, _rows(weights, rows), _rows(_as_wide(scales), rows) if scales else None)
             continue
         each = [
             _pack(layout.format, weight[rows], scales[way][rows] if scales else None)
             for way, weight in enumerate(weights)
         ]
         yield np.stack(each, 1).reshape(len(each) * len(each[0]), *each[0].shape[1:])
+
+
+def _as_wide(scales: Sequence[Array]) -> list[Array]:
+    """As many columns in each: one scale of a whole row counts for every group of it."""
+    groups = max(s.shape[1] for s in scales)
+    return [np.broadcast_to(s, (s.shape[0], groups)) for s in scales]
 
 
 def _rows(parts: Sequence[Array], rows: slice) -> Array:

@@ -84,12 +84,17 @@ def _load(folder: Path, config: dict[str, Any]) -> nn.Module:
         try:
             model, report = cls.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
-                attn_implementation="sdpa", ignore_mismatched_sizes=True, output_loading_info=True,
+                attn_implementation=_attention(cls), ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
         except Exception as error:
             raise CompileError(f"cannot load {str(folder)!r}: {_first_line(error)}") from error
     _check_report(folder, report)
     return cast(nn.Module, model)
+
+
+def _attention(cls: Any) -> str:
+    """One op where the architecture has it; written out where it has not, as with capped scores."""
+    return "sdpa" if getattr(cls, "_supports_sdpa", True) else "eager"
 
 
 def _architecture(transformers: Any, config: dict[str, Any]) -> Any:

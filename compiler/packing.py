@@ -34,11 +34,6 @@ def unpacked3(weight: Tensor) -> Tensor:
     return (_fields(low, 2) | _fields(high, 1) << 2).to(torch.int8) - 4
 
 
-def depth3(columns: int) -> int:
-    """Numbers in a row of so many bytes of int3."""
-    return columns // 3 * 8
-
-
 def _require(numbers: Tensor, columns: int, limit: int) -> None:
     if numbers.ndim != 2 or numbers.shape[1] % columns:
         raise ValueError(

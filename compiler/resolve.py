@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from sylvester.compiler import registry
 from sylvester.compiler.errors import CompileError
@@ -16,9 +17,30 @@ Step = Pass | Recipe
 
 
 def resolve_passes(passes: str | Step | Sequence[str | Step]) -> tuple[Step, ...]:
-    """Instances for names, recipes and instances; an unknown name is an error that names the nearest ones."""
-    given = [passes] if isinstance(passes, (str, Pass, Recipe)) else list(passes)
-    return tuple(step for p in given for step in (_named(p) if isinstance(p, str) else (p,)))
+    """Instances for names, recipes and instances; one text may list several, separated by commas.
+
+    An unknown name is an error that names the nearest ones.
+    """
+    if isinstance(passes, (str, Pass, Recipe)):
+        passes = [passes]
+    if not isinstance(passes, Iterable):
+        raise _unknown(passes)
+    return tuple(step for given in passes for step in _steps(given))
+
+
+def _steps(given: str | Step) -> tuple[Step, ...]:
+    if isinstance(given, (Pass, Recipe)):
+        return (given,)
+    if not isinstance(given, str):
+        raise _unknown(given)
+    return tuple(step for text in separated(given) or [given] for step in _named(text))
+
+
+def _unknown(found: object) -> TypeError:
+    if isinstance(found, type):
+        return TypeError(f"passes hold the class {found.__name__}, expected an instance: {found.__name__}()")
+    expected = "texts such as 'w4a8', passes and recipes, or a list of these; () for none"
+    return TypeError(f"passes hold {found!r}, expected {expected}")
 
 
 def separated(text: str) -> list[str]:
@@ -45,17 +67,33 @@ def _named(text: str) -> tuple[Step, ...]:
 
 
 def _configured(name: str, options: str, text: str) -> Pass:
+    if name in registry.table("recipes"):
+        raise CompileError(f"the recipe {name!r} takes no options, found {text!r}", hint="write its passes out instead")
     made: type[Pass] = registry.lookup("passes", name)
     known = [f.name for f in dataclasses.fields(made)]
     try:
-        call = ast.parse(f"f({options}", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(k.arg not in known for k in call.keywords):
-            raise ValueError("found something else than options by name")
-        return made(**{str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
+        return made(**_options(options, known))
     except (SyntaxError, ValueError, TypeError) as error:
         raise CompileError(
             f"cannot read the pass {text!r}: {error}", hint=f"write {name}(option=value, ...); its options are {known}"
         ) from error
+
+
+def _options(text: str, known: Sequence[str]) -> dict[str, Any]:
+    """Values by name of "a=1, b='x')"; raises ValueError or SyntaxError."""
+    call = ast.parse(f"f({text}", mode="eval").body
+    if not isinstance(call, ast.Call) or call.args:
+        raise ValueError("found something else than options by name")
+    found: dict[str, Any] = {}
+    for keyword in call.keywords:
+        if keyword.arg not in known:
+            raise ValueError(f"there is no option {keyword.arg!r}")
+        try:
+            found[str(keyword.arg)] = ast.literal_eval(keyword.value)
+        except ValueError as error:
+            value = ast.unparse(keyword.value)
+            raise ValueError(f"{keyword.arg} is {value}, expected a number, True, False or a quoted text") from error
+    return found
 
 
 def expand(steps: Sequence[Step], program: Program, speed: Speed | None) -> tuple[tuple[Pass, ...], list[str]]:

@@ -32,8 +32,8 @@ def listed(given: Iterable[Any] | Calibration | None) -> list[Any] | Calibration
     """The samples of any iterable, read once."""
     if given is None or isinstance(given, Calibration):
         return given
-    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
-        kind = type(given).__name__
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable) or getattr(given, "ndim", 2) < 2:
+        kind = type(given).__name__ + (f" of shape {list(given.shape)}" if hasattr(given, "shape") else "")
         raise CompileError(f"calibration is a {kind}, expected an iterable of samples", hint="for one sample write [x]")
     found = list(given)
     if not found:
@@ -67,7 +67,7 @@ def _check_prediction(program: Program, model: LanguageModel, data: Calibration)
         raise CompileError(
             f"the perplexity of the model on the calibration data is {found:.4g}; guessing evenly among "
             f"{model.vocabulary} tokens gives {model.vocabulary}",
-            hint="the data was probably made with another tokenizer: give texts, or ids of the model's own",
+            hint="the data was made with another tokenizer, or the model is untrained: give texts, or ids of its own",
         )
 
 

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -108,10 +107,3 @@ def merge_tied(tensors: Mapping[str, Tensor]) -> ParameterStore:
             store[name] = tensor
             seen[place] = name
     return store
-
-
-def as_float32(store: ParameterStore) -> None:
-    """Widen every half-precision tensor in place of its key."""
-    for key in store:
-        if store[key].dtype in (torch.bfloat16, torch.float16):
-            store[key] = store[key].float()

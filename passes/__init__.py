@@ -29,6 +29,7 @@ RECIPES = {
     "w4a4": "sylvester.passes.recipes:W4A4",
     "w4a8": "sylvester.passes.recipes:W4A8",
     "w4a8kv4": "sylvester.passes.recipes:W4A8KV4",
+    "w8a16": "sylvester.passes.recipes:W8A16",
     "w8a8": "sylvester.passes.recipes:W8A8",
 }
 """Names of whole lists of passes."""

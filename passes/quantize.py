@@ -17,7 +17,7 @@ from sylvester.compiler.progress import report
 from sylvester.compiler.quantized_ops import GROUPS
 from sylvester.passes.quantize_cache import QuantizeCache
 from sylvester.passes.quantize_fit import STAGE, Fit, decisive
-from sylvester.passes.quantize_plan import WIDTHS, Layer, Plan, parse_choice, width
+from sylvester.passes.quantize_plan import WIDTHS, Layer, Plan, pairs, parse_choice, width
 from sylvester.passes.quantize_round import OPS, SCALINGS, Rounder
 
 PerLayer = Mapping[str, int | str] | tuple[tuple[str, int | str], ...]
@@ -57,12 +57,14 @@ class Quantize(Pass):
             ("group", self.group, (0, *GROUPS)),
             ("method", self.method, tuple(SCALINGS)),
         ):
-            if isinstance(found, bool) or found not in known:
+            if isinstance(found, (bool, float)) or found not in known:
                 raise ValueError(f"{option} is {found!r}, expected one of {known}")
-        if not isinstance(self.skip, tuple):
+        for option, switch in (("static", self.static), ("embeddings", self.embeddings)):
+            if not isinstance(switch, bool):
+                raise TypeError(f"{option} is {switch!r}, expected True or False")
+        if not isinstance(self.skip, tuple) or not all(isinstance(pattern, str) for pattern in self.skip):
             raise TypeError(f"skip is {self.skip!r}, expected a tuple of patterns")
-        pairs = self.per_layer.items() if isinstance(self.per_layer, Mapping) else self.per_layer
-        object.__setattr__(self, "per_layer", tuple((pattern, choice) for pattern, choice in pairs))
+        object.__setattr__(self, "per_layer", pairs(self.per_layer))
         self._require_sense()
 
     def _require_sense(self) -> None:
@@ -85,7 +87,7 @@ class Quantize(Pass):
     def run(self, program: Program) -> Changes:
         changes = Changes()
         layers = self._plan().layers(program, changes)
-        rounder = Rounder(program, self.method, decisive(program, layers) if self.method == "gptq" else ())
+        rounder = Rounder(program, self.method, decisive(program, layers, self.static) if self.method == "gptq" else ())
         if layers and program.calibration and program.calibration.fit:
             changes.extend(Fit(program, layers, self.static, rounder).run())
         self._round_rest(layers, rounder, changes)
@@ -123,8 +125,7 @@ class Quantize(Pass):
 
     def _plan(self) -> Plan:
         rows = self.activations or 16
-        pairs = self.per_layer.items() if isinstance(self.per_layer, Mapping) else self.per_layer
-        choices = [(pattern, parse_choice(choice, rows, self.group)) for pattern, choice in pairs]
+        choices = [(pattern, parse_choice(choice, rows, self.group)) for pattern, choice in pairs(self.per_layer)]
         return Plan(choices, width(self.weights, rows, self.group), self.skip, self.embeddings)
 
     @property

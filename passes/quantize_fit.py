@@ -56,6 +56,8 @@ class Fit:
             self.rounder.replace(layer, self.rounder.tensors(layer))
             if self.rounder.method == "gptq" and layer.uses.linears:
                 self.changes.note(f"{layer.key} is an embedding too: its scales are searched, not fitted by gptq")
+            if self.static and layer.width.activations != 16 and layer.uses.linears:
+                self.changes.note(f"{layer.key} is an embedding too: a scale per row instead of a static one")
         widen, stored = OPS[layer.width.weights][1], self._stored(layer)
         for i, ids in enumerate(self.walk.values(arguments(stop)["indices"])):
             rows = widen(*(tensor[ids.flatten()] for tensor in stored))
@@ -127,9 +129,10 @@ class Fit:
         return [self.program.weights[key] for key in layer.stored]
 
 
-def decisive(program: Program, layers: Sequence[Layer]) -> Iterator[str]:
-    """All that decides what reaches a layer: the main entry, the data, the weights that are not rounded, the widths."""
+def decisive(program: Program, layers: Sequence[Layer], static: bool) -> Iterator[str]:
+    """All that decides what reaches a layer but rounded weights: main entry, data, other weights, widths, steps."""
     yield str(program.main.graph)
+    yield f"static={static}"
     yield str([(node.name, node.meta["bind"]) for node in program.main.placeholders()])
     yield samples_sum(_samples(program))
     rounded = {layer.key for layer in layers}

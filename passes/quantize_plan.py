@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
@@ -43,6 +43,16 @@ class Width:
 
 Choice = Width | str
 """A width, or `FLOAT`."""
+
+
+def pairs(given: object) -> tuple[tuple[str, int | str], ...]:
+    """`per_layer` as patterns with their choices; raises TypeError for anything else than a mapping or pairs."""
+    listed = tuple(given.items()) if isinstance(given, Mapping) else given
+    if isinstance(listed, tuple) and all(
+        isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in listed
+    ):
+        return listed
+    raise TypeError(f'per_layer is {given!r}, expected bits by pattern, such as {{"lm_head.*": 8}}')
 
 
 def parse_choice(value: object, activations: int, group: int) -> Choice:

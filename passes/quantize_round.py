@@ -39,9 +39,11 @@ class Rounder:
         """bfloat16 numbers, or whole numbers and scales; `inputs` are asked for only where they are needed."""
         weight = self.program.weights[layer.key]
         _require_finite(layer.key, weight)
-        if self.method == "rtn" or not layer.width.whole:
+        if self.method == "rtn":
             return self._rounded(layer, weight, None)
         self.finished.advance(repr(layer.width), str(inputs is None), weight=weight)
+        if not layer.width.whole:
+            return self._rounded(layer, weight, None)
         found = self.finished.find()
         if found is None:
             found = self._rounded(layer, weight, inputs)
@@ -72,4 +74,5 @@ class Rounder:
 def _require_finite(key: str, weight: Tensor) -> None:
     if not all(bool(torch.isfinite(rows).all()) for (rows,) in row_slices(weight)):
         bad = "NaN" if bool(weight.isnan().any()) else "infinities"
-        raise CompileError(f"the weight {key!r} holds {bad}, expected finite numbers", hint=f"or skip=({key!r},)")
+        hint = f"repair the model, or leave the weight in float: Quantize(skip=({key!r},))"
+        raise CompileError(f"the weight {key!r} holds {bad}, expected finite numbers", hint=hint)

@@ -22,8 +22,8 @@ from sylvester.passes.rotation_plan import layer_weight
 SHORTEST = 4
 """Bits of activations that the last layer does not get: it reads 8."""
 LINEAR = torch.ops.aten.linear.default
-FITTED = 4
-"""Weights of so many bits or fewer are worth fitting to data, or searching scales for."""
+FITTED, LONG = 4, 16
+"""Weights of so many bits or fewer, or under rows of 16, are worth fitting to data, or searching scales for."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class LowBit(Recipe):
     more: tuple[Pass, ...] = ()
 
     def expand(self, program: Program, speed: Speed | None) -> Expansion:
-        few = self.quantize.weights <= FITTED
+        few = self.quantize.weights <= FITTED or (self.quantize.activations or LONG) == LONG
         method: Literal["rtn", "mse", "gptq"] = "rtn" if not few else "gptq" if program.calibration else "mse"
-        per_layer = heads(program) if self.quantize.activations == SHORTEST else {}
+        per_layer = heads(program, self.quantize.weights) if self.quantize.activations == SHORTEST else {}
         quantize = dataclasses.replace(self.quantize, method=method, per_layer=per_layer)
         if program.calibration is None:
             note = "without calibration data no rotation is tried and weights are not fitted"
@@ -50,8 +50,8 @@ class LowBit(Recipe):
         notes = list(choice.notes)
         if speed is not None:
             widths = choose_widths(Pipeline(choice.passes, check=False)(program), quantize.weights, speed)
-            last = {pattern.removesuffix("*") for pattern in per_layer}
-            wider = {key: f"w{bits}a8" if key in last else bits for key, bits in widths.per_layer.items()}
+            last = tuple(pattern.removesuffix("*") for pattern in per_layer)
+            wider = {k: f"w{bits}a8" if k.startswith(last) else bits for k, bits in widths.per_layer.items()}
             quantize = dataclasses.replace(quantize, per_layer={**wider, **per_layer})
             notes += widths.notes
         return self._expansion([*choice.passes, quantize, *self.more], notes)
@@ -65,10 +65,10 @@ class LowBit(Recipe):
         return Expansion(tuple(passes), (listed, *(f"recipe {self.name}: {note}" for note in notes)))
 
 
-def heads(program: Program) -> dict[str, str]:
+def heads(program: Program, bits: int) -> dict[str, str]:
     """Patterns of the weights whose layers give results of the program, with 8 bits for what they read."""
     layers = [node for node in program.main.results() if node.target is LINEAR]
-    return {f"{binding(layer_weight(layer)).key}*": "w4a8" for layer in layers if is_weight(layer_weight(layer))}
+    return {f"{binding(layer_weight(layer)).key}*": f"w{bits}a8" for layer in layers if is_weight(layer_weight(layer))}
 
 
 SHORT: tuple[Pass, ...] = (QuantizeCache(), QuantizeAttention())
@@ -76,6 +76,7 @@ ACROSS = (EQUALIZE, "residual", "values", "ffn", "heads")
 CACHED = (EQUALIZE, "residual", "values", "ffn", "keys")
 BF16: tuple[Pass, ...] = (Quantize(weights=16), *SHORT)
 W8A8 = LowBit("w8a8", Quantize(weights=8), more=SHORT)
+W8A16 = LowBit("w8a16", Quantize(weights=8, activations=None, group=32), more=SHORT)
 W4A8 = LowBit("w4a8", Quantize(weights=4), more=SHORT)
 W4A16 = LowBit("w4a16", Quantize(weights=4, activations=None), more=SHORT)
 W4A4 = LowBit("w4a4", Quantize(weights=4, activations=4), ACROSS, SHORT)

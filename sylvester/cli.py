@@ -6,14 +6,13 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sylvester import __version__
-from sylvester.cli_show import emit, table, watched
+from sylvester.cli_show import alike, emit, table, watched
 
 app = typer.Typer(
     name="sylvester",
@@ -207,24 +206,14 @@ def bench(
     from sylvester.compiler.artefact import open_runner
 
     if kernels:
-        _bench_kernels(artefact, threads, as_json, entry=entry, runs=runs, batch=batch, length=length)
+        from sylvester.cli_kernels import print_kernels
+
+        print_kernels(artefact, threads, as_json, entry=entry, runs=runs, batch=batch, length=length)
         return
     runner = open_runner(artefact, threads)
     rows = measure(runner, runs=runs, batch=batch, length=length)
     runner.close()
     emit({"batch": batch, "entries": rows}, table(rows), as_json)
-
-
-def _bench_kernels(artefact: Path, threads: int | None, as_json: bool, **asked: Any) -> None:
-    from sylvester.cli_kernels import kernel_report, machine_limits, report_text
-    from sylvester.compiler.artefact import open_runner
-
-    runner = open_runner(artefact, threads)
-    with watched(not as_json) as progress:
-        limits = machine_limits(runner, progress)
-    report = kernel_report(runner, limits, **asked)
-    runner.close()
-    emit(report, report_text(report), as_json)
 
 
 @app.command()
@@ -239,30 +228,12 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Time kernels on this machine; later compilations use what was found."""
-    from sylvester import cli_tune
+    from sylvester.cli_tune import run as tune_rows
 
-    rows: list[dict[str, Any]] = []
-    if merge is not None:
-        rows.append(cli_tune.merge_from(merge))
-    if model is not None:
-        names = _passes(passes)
-        with watched(not as_json) as progress:
-            found = (
-                cli_tune.explained(model, names, threads)
-                if explain
-                else cli_tune.measure(model, names, seconds, threads, progress)
-            )
-        rows += found
-    if export is not None:
-        rows.append(cli_tune.export_to(export))
+    rows = tune_rows(model, _passes(passes), seconds, threads, not as_json, explain=explain, export=export, merge=merge)
     if not rows and model is None:
         raise UsageError("give a model or an artefact, --export or --merge")
-    emit(rows, "\n\n".join(table(group) for group in _alike(rows)), as_json)
-
-
-def _alike(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Rows in runs that have the same columns."""
-    return [list(group) for _, group in groupby(rows, key=list)]
+    emit(rows, "\n\n".join(map(table, alike(rows))), as_json)
 
 
 @app.command()

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from sylvester.backends.cpu_profile import Bound, KernelTime, bound, entry_bound, profile, streamed
 from sylvester.backends.limits import Limits, measure
 from sylvester.cli_bench import fitting, made_up, tokens_of, working_state
-from sylvester.cli_show import table
+from sylvester.cli_show import emit, table, watched
+from sylvester.compiler.artefact import open_runner
 from sylvester.compiler.errors import ToolchainMissing
 from sylvester.compiler.progress import Progress
 from sylvester.compiler.runner import Runner, entry_of
 
 Rows = list[dict[str, Any]]
+
+
+def print_kernels(artefact: Path, threads: int | None, as_json: bool, **asked: Any) -> None:
+    """What `bench --kernels` prints; `asked` are the sizes that `kernel_report` takes."""
+    runner = open_runner(artefact, threads)
+    with watched(not as_json) as progress:
+        limits = machine_limits(runner, progress)
+    report = kernel_report(runner, limits, **asked)
+    runner.close()
+    emit(report, report_text(report), as_json)
 
 
 def kernel_report(

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def alike(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows in runs that have the same columns."""
+    return [list(group) for _, group in groupby(rows, key=list)]
 
 
 def _cell(value: object) -> str:

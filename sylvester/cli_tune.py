@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sylvester.backends import tuning_exchange as exchange
 from sylvester.backends.toolchain import find_compiler
 from sylvester.backends.tuner import Setting
 from sylvester.backends.tuning import Finding, Problems, Tuning, gain, read_problems, runnable, tune
 from sylvester.backends.tuning_database import Database, default_path
-from sylvester.backends.tuning_exchange import explain, export, merge
+from sylvester.cli_show import watched
 from sylvester.codegen.isa import variants
 from sylvester.compiler import knobs
 from sylvester.compiler.errors import CompileError
@@ -17,6 +18,25 @@ from sylvester.compiler.progress import Progress
 from sylvester.compiler.target import Target
 
 Rows = list[dict[str, Any]]
+
+
+def run(
+    model: str | None,
+    passes: list[str],
+    seconds: float,
+    threads: int | None,
+    shown: bool,
+    *,
+    explain: bool,
+    export: Path | None,
+    merge: Path | None,
+) -> Rows:
+    """Take over results, then time or explain a model, then write all results; `shown` is a progress bar."""
+    rows = [] if merge is None else [merge_from(merge)]
+    if model is not None:
+        with watched(shown) as progress:
+            rows += explained(model, passes, threads) if explain else measure(model, passes, seconds, threads, progress)
+    return rows if export is None else [*rows, export_to(export)]
 
 
 def measure(model: str, passes: list[str], seconds: float, threads: int | None, progress: Progress) -> Rows:
@@ -39,17 +59,17 @@ def explained(model: str, passes: list[str], threads: int | None) -> Rows:
     setting = Setting(isa, target.threads or knobs.threads(), compiler)
     with Database(default_path()) as database:
         keys = [setting.key(problem) for problem in dict.fromkeys(p for of in problems.values() for p in of)]
-        return [{"problem": key.problem, "look-up": explain(database, key)} for key in keys]
+        return [{"problem": key.problem, "look-up": exchange.explain(database, key)} for key in keys]
 
 
 def export_to(path: Path) -> dict[str, Any]:
     with Database(default_path()) as database:
-        return {"file": str(path), "entries": export(database, path)}
+        return {"file": str(path), "entries": exchange.export(database, path)}
 
 
 def merge_from(path: Path) -> dict[str, Any]:
     with Database(default_path()) as database:
-        return {"file": str(path), "taken": merge(database, path)}
+        return {"file": str(path), "taken": exchange.merge(database, path)}
 
 
 def problems_of(model: str, passes: list[str]) -> Problems:

@@ -130,6 +130,17 @@ def test_a_weight_that_is_read_twice_is_rounded_once() -> None:
     assert error(made, after) < 0.2
 
 
+def test_a_layer_that_shares_a_table_has_no_static_scale() -> None:
+    ids = torch.randint(11, (2, 5))
+    tied = program(lambda x, table: F.linear(F.embedding(x, table), table), ids, weights={"table": torch.randn(11, 64)})
+    tied.calibration = Calibration(({"x0": ids},))
+
+    after, changes = quantized(tied, Quantize(8, static=True))
+
+    assert changes.notes == ["table is an embedding too: a scale per row instead of a static one"]
+    assert sorted(after.weights) == ["table.int8", "table.scales"]
+
+
 @pytest.mark.parametrize("activations", [8, 4])
 @pytest.mark.parametrize("method", ["rtn", "mse"])
 def test_static_scales_come_from_calibration(activations: int, method: str) -> None:
@@ -241,6 +252,13 @@ def test_what_decides_the_fit_decides_what_is_reused() -> None:
             key = "bias" if change == "unrounded" else "a"
             other.weights[key] = other.weights[key] * 1.5
         assert reused(other) == []
+    static = Quantize(4, 8, method="gptq", static=True)
+    assert reused(made, static) == []
+    short = Quantize(4, method="gptq", per_layer={"a": 16})
+    for factor in (1.0, 1.5):
+        other = made.clone()
+        other.weights["a"] = other.weights["a"] * factor
+        assert reused(other, short) == []
     last = made.clone()
     last.weights["c"] = last.weights["c"] * 1.5
     assert reused(last) == ["reused 2 of 3 layers of an earlier run"]

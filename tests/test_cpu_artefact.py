@@ -97,3 +97,14 @@ def test_missing_compiler_is_an_error_with_a_way_out(monkeypatch):
         sv.compile(case.model, case.inputs, target="cpu")
 
     assert "pip install ziglang" in error.value.hint
+
+
+def test_an_artefact_that_replaced_another_runs_its_own_code(tmp_path, monkeypatch):
+    """dlopen knows loaded code by its path, whatever lies there now, and a relative one whatever the folder is."""
+    monkeypatch.chdir(tmp_path)
+    x = torch.randn(2, 8)
+    for model in (torch.nn.Softmax(-1), torch.nn.Sequential(torch.nn.Linear(8, 3), torch.nn.ReLU())):
+        with sv.compile(model, (x,), target=sv.Target("cpu", isas=("scalar",))) as compiled:
+            compiled.save("out")
+        found = sv.load("out")(x)
+        torch.testing.assert_close(found, model(x))

@@ -75,6 +75,25 @@ def test_layers_run_as_one_when_their_rows_are_rounded_alike(name: str) -> None:
         assert relative(y, expected) <= 2e-6
 
 
+@pytest.mark.parametrize("name", ["q4", "q3"])
+def test_one_scale_of_a_row_beside_scales_of_groups(name: str) -> None:
+    """Both run in groups of 128, as one step."""
+    op, _, rounding = FORMS[name]
+    made = {}
+    for key, n in (("a", 33), ("b", 7), ("c", 40)):
+        made[key], made[f"{key}s"] = rounding(torch.randn(n, 200) / 10, 128)
+    made["bs"] = made["bs"][:, :1].clone()
+
+    def model(x: Tensor, *w: Tensor) -> tuple[Tensor, ...]:
+        return tuple(op(x, *w[i : i + 2]) for i in (0, 2, 4))
+
+    traced, x = program(model, torch.randn(6, 200), weights=made), torch.randn(6, 200)
+
+    assert [step.layers for step in linears(traced)] == [3]
+    for y, expected in zip(ran(traced, x), model(x.double(), *made.values()), strict=True):
+        assert relative(y, expected) <= 2e-6
+
+
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("rows", [1, 3, 50])
 def test_norms_gates_and_residuals_are_fused_into_rows_of_sixteen_bits(name: str, rows: int) -> None:

@@ -174,7 +174,13 @@ def test_a_weight_that_others_read_is_left(function: object) -> None:
         ({"activations": 16, "static": True}, ValueError, "static scales need activations of 8 or 4 bits, found 16"),
         ({"per_layer": {"a": 5}}, ValueError, "per_layer gives 5, expected bits"),
         ({"per_layer": {"a": "w8a3"}}, ValueError, "per_layer gives 'w8a3', expected"),
+        ({"per_layer": ["a"]}, TypeError, r"per_layer is \['a'\], expected bits by pattern"),
+        ({"per_layer": None}, TypeError, "per_layer is None, expected bits by pattern"),
+        ({"per_layer": {1: 8}}, TypeError, "per_layer is {1: 8}, expected bits by pattern"),
+        ({"weights": 4.0}, ValueError, "weights is 4.0, expected one of"),
+        ({"static": "yes"}, TypeError, "static is 'yes', expected True or False"),
         ({"skip": "lm_head.*"}, TypeError, "expected a tuple of patterns"),
+        ({"skip": (1,)}, TypeError, "expected a tuple of patterns"),
     ],
 )
 def test_options_are_checked(options: dict[str, object], kind: type[Exception], message: str) -> None:

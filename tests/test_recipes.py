@@ -13,9 +13,11 @@ from sylvester.compiler.pipeline import Pipeline
 from sylvester.compiler.recipe import Recipe
 from sylvester.compiler.registry import lookup, table
 from sylvester.compiler.resolve import expand, resolve_passes, separated
-from sylvester.passes.choose_rotations import choose_rotations
+from sylvester.passes import recipes
+from sylvester.passes.choose_rotations import Choice, choose_rotations
 from sylvester.passes.choose_widths import choose_widths
 from sylvester.passes.equalize import Equalize
+from sylvester.passes.fold_norms import FoldNorms
 from sylvester.passes.quantize import Quantize
 from sylvester.passes.quantize_attention import QuantizeAttention
 from sylvester.passes.quantize_cache import QuantizeCache
@@ -84,6 +86,13 @@ def test_a_rotation_that_lowers_the_loss_is_kept(outliers):
     assert _error(outliers, *choice.passes) < 0.9 * _error(outliers)
 
 
+def test_a_weight_that_is_not_finite_is_named_as_it_came(outliers):
+    broken = outliers.clone()
+    broken.weights["up.weight"] = broken.weights["up.weight"].clone().index_fill_(0, torch.tensor(0), torch.inf)
+    with pytest.raises(sv.CompileError, match=r"'up.weight' holds infinities"):
+        choose_rotations(broken, Quantize(weights=4), ("equalize", "ffn"))
+
+
 def test_equalising_is_tried_beside_rotations(outliers):
     choice = choose_rotations(outliers, Quantize(4, 4), ("equalize", "ffn"))
     assert any(isinstance(step, Equalize) for step in choice.passes)
@@ -131,6 +140,24 @@ def test_a_recipe_with_calibration_uses_what_was_measured(outliers):
     assert sum("rejected for" in note for note in notes) == 2
 
 
+def test_a_head_taken_off_its_table_keeps_rows_of_8_bits_when_it_gets_wider(monkeypatch):
+    case = zoo.case("llama-tied")
+    program = sv.trace(case.model, case.inputs)
+    program.calibration = Calibration((dict(case.inputs),))
+    monkeypatch.setattr(recipes, "choose_rotations", lambda *_: Choice((FoldNorms("split"),), ()))
+
+    passes, _ = expand(
+        resolve_passes("w4a4"), program, lambda shapes, bits: {s: dict.fromkeys(bits, 1.0) for s in shapes}
+    )
+
+    quantize = next(step for step in passes if isinstance(step, Quantize))
+    choices = dict(quantize.per_layer)
+    head = next(key for key in choices if key.endswith(".head"))
+    assert choices.pop(head) == "w8a8"
+    assert choices.pop(f"{head.removesuffix('.head')}*") == "w4a8"
+    assert set(choices.values()) == {8}
+
+
 def test_a_recipe_compiles_to_the_target_and_the_report_lists_its_passes(outliers):
     samples = [(sample["x"],) for sample in outliers.calibration.fit]
     compiled = sv.compile(OutlierFfn(), (torch.randn(3, WIDTH),), passes="w4a4", calibration=samples)
@@ -154,14 +181,28 @@ def test_the_text_of_a_pass_rebuilds_it(step):
     assert resolve_passes(separated(f"canonicalize, {step},w8a8"))[1] == step
 
 
+def test_one_text_lists_several_passes():
+    assert resolve_passes(" fold-norms, quantize(weights=4) ,w8a8") == resolve_passes(
+        ["fold-norms", Quantize(weights=4), "w8a8"]
+    )
+
+
+@pytest.mark.parametrize("given", [None, 4, ["w4a8", 3], Quantize, [Quantize]])
+def test_what_is_no_pass_is_an_error(given):
+    with pytest.raises(TypeError, match=r"passes hold .*expected"):
+        resolve_passes(given)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("quantize(bits=4)", "options are .*weights"),
+        ("quantize(bits=4)", "no option 'bits'.* options are .*weights"),
+        ("quantize(method=gptq)", "method is gptq, expected a number, True, False or a quoted text"),
+        ("w4a8(group=64)", "the recipe 'w4a8' takes no options"),
         ("quantize(4)", "options by name"),
         ("quantize(weights=5)", "weights is 5, expected one of"),
         ("quantize(weights=4", "never closed"),
-        ("quantize(weights=open('x'))", "malformed"),
+        ("quantize(weights=open('x'))", "weights is open.*expected a number"),
     ],
 )
 def test_options_that_cannot_be_read_are_errors(text, message):

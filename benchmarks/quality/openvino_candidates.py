@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,8 @@ def candidates(work: Work) -> Iterator[Candidate]:
     yield candidate(work, plain, "fp32", 0, exact=True)
     for name, options in choices(work):
         path = work.folder / f"{name.replace(', ', '-').replace(' ', '-')}.xml"
-        compressed = nncf.compress_weights(ov.Core().read_model(plain), **options)
+        with redirect_stdout(sys.stderr):
+            compressed = nncf.compress_weights(ov.Core().read_model(plain), **options)
         ov.save_model(compressed, path, compress_to_fp16=False)
         for group in ROWS:
             yield candidate(work, path, name, group)

@@ -19,17 +19,30 @@ HEAD8 = {"*embed_tokens*": 8}
 RECIPES: Mapping[str, tuple[Pass, ...]] = {
     "fp32": (),
     "w8a8": (Quantize(weights=8),),
-    "w8a16": (Quantize(weights=8, activations=None, group=32),),
+    "w8a16": (Quantize(weights=8, activations=None),),
+    "w8a16/32": (Quantize(weights=8, activations=None, group=32),),
     "w4a8": (Quantize(weights=4),),
     "w4a16": (Quantize(weights=4, activations=None),),
+    "w4a16, head 8": (Quantize(weights=4, activations=None, per_layer=HEAD8),),
 }
+FITTED: Mapping[str, tuple[Pass, ...]] = {
+    "w8a8 gptq": (Quantize(weights=8, method="gptq"),),
+    "w8a16 gptq": (Quantize(weights=8, activations=None, method="gptq"),),
+    "w8a16/32 gptq": (Quantize(weights=8, activations=None, group=32, method="gptq"),),
+    "w4a8 gptq": (Quantize(weights=4, method="gptq"),),
+    "w4a8 gptq, head 8": (Quantize(weights=4, method="gptq", per_layer=HEAD8),),
+    "w4a16 gptq": (Quantize(weights=4, activations=None, method="gptq"),),
+    "w4a16 gptq, head 8": (Quantize(weights=4, activations=None, method="gptq", per_layer=HEAD8),),
+    "w4a16/64 gptq": (Quantize(weights=4, activations=None, group=64, method="gptq"),),
+}
+"""These need texts to fit to."""
 HEAD = ("embed_tokens", "lm_head")
 WIDTH_OF_SCALES = {True: 4, False: 2}
 """Bytes by whether a whole row shares one: kernels store the scales of groups in bfloat16."""
 
 
 def candidates(work: Work) -> Iterator[Candidate]:
-    for name, passes in RECIPES.items():
+    for name, passes in {**RECIPES, **(FITTED if work.fit else {})}.items():
         program = rounded(work.program, passes)
         yield Candidate("sylvester", name, rows(passes), measured(program), artefact(work, program), not passes)
 
