@@ -122,6 +122,18 @@ def test_tied_weights_stay_tied(tmp_path):
     assert list(program.weights.aliases) == ["lm_head.weight"]
 
 
+def test_an_architecture_without_scaled_dot_product_attention(tmp_path):
+    config = hf.Gemma2Config(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = hf.Gemma2ForCausalLM(config).eval()
+    loaded, ids = load_folder(folder_of(model, tmp_path))[0], torch.randint(99, (2, 7))
+    with torch.no_grad():
+        assert relative_error(model(ids).logits, loaded(ids).logits) < 1e-5
+
+
 def test_folder_without_an_architecture(tmp_path):
     folder = folder_of(zoo.case("bert").model, tmp_path)
     edit_config(folder, architectures=...)
