@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sylvester.compiler import ops
+import sylvester as sv
+from sylvester.compiler import next_token, ops
 from sylvester.compiler.causal_lm import analyse, chunked_error
 from sylvester.compiler.changes import Refusal
 from sylvester.compiler.driver import RAISE, resolve_passes
@@ -378,3 +379,12 @@ def test_a_length_beyond_what_the_model_states_is_refused():
 
     with pytest.raises(Unsupported, match="max_length is 24, the model takes at most 16 tokens"):
         derived(program, max_length=24)
+
+
+def test_an_example_of_one_sequence_still_takes_several():
+    case = zoo.case("llama-gqa")
+    program = sv.trace(case.model, (torch.arange(9)[None],))
+    ids = torch.randint(zoo.VOCAB, (3, 7))
+    found = next_token.run(program, {"input_ids": ids})["logits"]
+    with torch.no_grad():
+        torch.testing.assert_close(found, case.model(ids).logits, rtol=1e-4, atol=1e-4)
