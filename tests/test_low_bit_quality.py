@@ -1,4 +1,4 @@
-"""End to end on the trained model: what rotations and equalised channels are worth at low bits, on held-out text."""
+"""End to end on trained models: what rotations and equalised channels are worth at low bits, on held-out text."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM
 import sylvester as sv
 from benchmarks.quality.injection import inject
 from benchmarks.quality.recipes import HELD, MODEL, SCALED, windows
+from examples.semantic_search import model_folder
 from sylvester.compiler import quality
 from sylvester.compiler.pipeline import Pipeline
+from sylvester.compiler.samples import parse
 from sylvester.passes.quantize import Quantize
 from sylvester.passes.rotate_hadamard import RotateHadamard
 
@@ -68,3 +70,18 @@ def test_rotations_take_outliers_away_and_equalised_channels_the_rest(outliers):
 def test_w8a8_is_near_float(trained):
     assert trained.plain(W8A8) < 1.005
     assert trained.rotated(W8A8) < 1.005
+
+
+def test_a_trained_encoder_with_norms_after_its_sums_is_rotated_by_itself():
+    program = sv.trace(str(model_folder()))
+    lines = [line for line in HELD.read_text(encoding="utf-8").splitlines() if len(line) > 200][:4]
+    samples = parse(program, lines).fit
+    rotated, ledger = Pipeline((RotateHadamard(),)).run(program)
+    assert ledger.rows[0].error < 1e-5
+    assert set(ledger.rows[0].changes.counts()) == {"inputs", "values", "ffn"}
+
+    errors = [
+        max(d.error for d in quality.drift(program, Pipeline((W8A8,), check=False)(p), samples))
+        for p in (program, rotated)
+    ]
+    assert errors[1] < 0.7 * errors[0]
