@@ -45,19 +45,31 @@ class Figure:
     value: float
 
 
+@dataclass(frozen=True)
+class Became:
+    """What a part of a layer became: `part` is "attention", "ffn" or "block", `what` a short text such as "dropped"."""
+
+    layer: str
+    part: str
+    what: str
+
+
 @dataclass
 class Changes:
     """The record of one pass, in order.
 
-    `notes` are decisions the ledger prints, `figures` what was measured on calibration data. `bases` says how an exact
-    pass changed what a state slot means: the new content of the slot is the function of the old.
+    `notes` are decisions the ledger prints, `figures` what was measured on calibration data, `layers` what layers became.
+    `bases` says how an exact pass changed what a state slot means: the new content of the slot is the function of the
+    old. `renamed` says which slot has which name now, for slots that a pass renumbered.
     """
 
     applied: list[Applied] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
+    layers: list[Became] = field(default_factory=list)
     bases: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
 
     def apply(self, rule: str, where: fx.Node | str) -> None:
         self.applied.append(Applied(rule, place(where)))
@@ -71,12 +83,17 @@ class Changes:
         self.refused += other.refused
         self.notes += other.notes
         self.figures += other.figures
+        self.layers += other.layers
         self.bases |= other.bases
+        self.renamed |= other.renamed
 
     def note(self, text: str) -> None:
         """Say once what was decided and why."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def became(self, layer: str, part: str, what: str) -> None:
+        self.layers.append(Became(layer, part, what))
 
     def figure(self, where: str, name: str, value: float) -> None:
         self.figures.append(Figure(where, name, value))
