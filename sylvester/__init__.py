@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sylvester import passes as passes
+    from sylvester.compiler.budget import Budget as Budget
     from sylvester.compiler.compiled import Compiled as Compiled
     from sylvester.compiler.compiled import load as load
     from sylvester.compiler.driver import compile as compile
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PLACES = {
+    "Budget": "sylvester.compiler.budget",
     "CompileError": "sylvester.compiler.errors",
     "Compiled": "sylvester.compiler.compiled",
     "Program": "sylvester.compiler.program",
@@ -29,7 +31,7 @@ _PLACES = {
     "trace": "sylvester.compiler.driver",
 }
 
-__all__ = ["CompileError", "Compiled", "Program", "Target", "compile", "hadamard", "load", "passes", "trace"]
+__all__ = ["Budget", "CompileError", "Compiled", "Program", "Target", "compile", "hadamard", "load", "passes", "trace"]
 
 
 def hadamard(x: Tensor, block: int | None = None, transposed: bool = False) -> Tensor:
