@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +101,8 @@ def compile(
         fusions = list(getattr(backend, "fusions", ()))
         facts = {"model": _model_facts(program), **getattr(backend, "facts", {})}
         manifest = replace(manifest, passes=tuple(map(str, rewrites)))
-        _write_report(folder, manifest, Ledger(raised.rows + rewritten.rows, notes, fusions), facts)
+        ledger = Ledger(raised.rows + rewritten.rows, notes, fusions, start=len(raised.rows))
+        _write_report(folder, manifest, ledger, facts)
         manifest.seal(folder)
         compile_cache.keep(key, folder)
         return Compiled.owning(folder, threads=threads)
@@ -202,7 +203,14 @@ def _model_facts(program: Program) -> dict[str, object]:
 
 
 def _write_report(folder: Path, manifest: Manifest, ledger: Ledger, facts: Mapping[str, object]) -> None:
-    parts = {"rows": ledger.to_dict(), "fusions": ledger.fused(), "notes": ledger.notes, "text": str(ledger)}
+    parts = {
+        "rows": ledger.to_dict(),
+        "start": ledger.start,
+        "totals": asdict(ledger.totals()),
+        "fusions": ledger.fused(),
+        "notes": ledger.notes,
+        "text": str(ledger),
+    }
     report = {"ledger": parts, **facts}
     (folder / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (folder / REPORT_HTML).write_text(report_html.render(report, manifest), encoding="utf-8")

@@ -13,6 +13,7 @@ from sylvester.compiler.cost import program_cost
 from sylvester.compiler.measure import Measured
 from sylvester.compiler.program import Program
 from sylvester.compiler.quality import Judged
+from sylvester.compiler.totals import EXPLAINED, Totals
 
 HEADINGS = ("pass", "contract", "applied", "refused", "nodes", "weights MB", "Mflop", "pass ms", "run ms", "max error")
 
@@ -88,16 +89,32 @@ class Fusion:
 
 @dataclass
 class Ledger:
-    """Rows in the order the passes ran, notes about the capture (fixed dimensions, what was left out), and fusions."""
+    """Rows in the order the passes ran, notes about the capture (fixed dimensions, what was left out), and fusions.
+
+    From row `start` on they are passes that the caller asked for: their sizes, times and losses are added up.
+    """
 
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     fusions: list[Fusion] = field(default_factory=list)
+    start: int = 0
 
     def __str__(self) -> str:
-        """An aligned table, then what each pass applied by rule and each distinct refusal with its reason."""
+        """An aligned table, what each pass applied and refused and why, then size, time and quality over the passes."""
         notes = [*map(str, self.fusions), *(f"note: {note}" for note in self.notes)]
-        return "\n".join([*_table([HEADINGS, *(row.cells() for row in self.rows)]), *self._details(), *notes])
+        rows = _table([HEADINGS, *(row.cells() for row in self.rows)])
+        return "\n".join([*rows, *self._details(), *self._way(), *notes])
+
+    def totals(self) -> Totals:
+        """Size, time and quality after every pass that the caller asked for."""
+        return Totals.of(self.to_dict()[self.start :])
+
+    def _way(self) -> list[str]:
+        totals = self.totals()
+        if not totals.steps:
+            return []
+        cells = [[cell if isinstance(cell, str) else f"{cell:.4g}" for cell in line] for line in totals.table()]
+        return [f"from pass to pass ({EXPLAINED}):", *_table(cells)]
 
     def fused(self) -> list[dict[str, object]]:
         return [asdict(fusion) for fusion in self.fusions]
@@ -131,6 +148,7 @@ class Ledger:
                 "quality": [asdict(judged) for judged in row.quality],
                 "notes": list(row.changes.notes),
                 "figures": [asdict(figure) for figure in row.changes.figures],
+                "layers": [asdict(became) for became in row.changes.layers],
             }
             for row in self.rows
         ]

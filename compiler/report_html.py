@@ -9,8 +9,10 @@ from html import escape
 from string import Template
 from typing import Any
 
+from sylvester.compiler import report_plots
 from sylvester.compiler.manifest import Manifest
 from sylvester.compiler.svg import Bar, bar_chart
+from sylvester.compiler.totals import Totals
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -45,8 +47,13 @@ def render(report: Mapping[str, Any], manifest: Manifest) -> str:
     """The page for the content of report.json and manifest.json; well-formed as XML too."""
     ledger = report.get("ledger", {})
     rows: list[Row] = list(ledger.get("rows", ()))
+    asked = rows[ledger.get("start", 0) :]
     sections = {
         "Summary": _facts(_summary(report, rows, manifest)),
+        "From pass to pass": _way(asked),
+        "What each layer became": report_plots.layers(rows, report.get("model", {}).get("layers") or 0),
+        "Quality against ratio": report_plots.curves(rows),
+        "Pareto front": report_plots.front(report.get("search")),
         "Quality": _quality(rows),
         "Passes": _passes(rows),
         "Decisions": _list(f"{row['pass']}: {note}" for row in rows for note in row.get("notes", ())),
@@ -102,6 +109,14 @@ def _cell(value: object) -> str:
 def _list(items: Iterable[str]) -> str:
     lines = [f"<li>{escape(str(item))}</li>" for item in items]
     return "<ul>\n" + "\n".join(lines) + "\n</ul>" if lines else ""
+
+
+def _way(rows: Sequence[Row]) -> str:
+    """Cumulative size, time and quality over the passes asked for, as a table and as bars."""
+    if not rows:
+        return ""
+    head, *lines = Totals.of(rows).table()
+    return f"{report_plots.way(rows)}\n{_table(list(map(str, head)), lines)}"
 
 
 def _quality(rows: Sequence[Row]) -> str:
@@ -162,7 +177,8 @@ def _figures(rows: Sequence[Row]) -> str:
     """One chart for each pass and name; names that end in "before" and "after" share one."""
     charts = []
     for row in rows:
-        for name, values in _charts(row.get("figures", ())).items():
+        bars_of = [f for f in row.get("figures", ()) if not report_plots.is_point(f)]
+        for name, values in _charts(bars_of).items():
             series = list(dict.fromkeys(key for found in values.values() for key in found))
             bars = [Bar(where, tuple(found.get(key) for key in series)) for where, found in values.items()]
             charts.append(f"<h3>{escape(row['pass'])}: {escape(name)}</h3>\n{bar_chart(bars, series)}")
