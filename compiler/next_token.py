@@ -11,10 +11,10 @@ from torch import Tensor, fx
 
 from sylvester.compiler.calibration import Sample
 from sylvester.compiler.program import Entry, Program, binding, value
+from sylvester.compiler.stages import DECODE, spans, stages_of
 
 aten = torch.ops.aten
 MASK = "attention_mask"
-DECODE = "decode"
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,33 @@ def _rows(embedding: fx.Node) -> int:
     return int(value(cast(fx.Node, embedding.args[0])).shape[0])
 
 
-def run(program: Program, sample: Sample) -> dict[str, Tensor]:
-    """Outputs of the main entry; those of a model with caches are read through the caches, as `decode` does."""
-    entry = program.main
-    if DECODE in program.entries and set(_inputs(program.entries[DECODE])) - _scalars(program.entries[DECODE]) == set(
-        sample
-    ):
-        entry = program.entries[DECODE]
-    name = next(key for key, known in program.entries.items() if known is entry)
-    past = {key: torch.tensor(0) for key in _scalars(entry) - set(sample)}
-    return program.run(name, sample | past, empty_state(program, entry, sample))
+def run(program: Program, sample: Sample, prompt: int = 0) -> dict[str, Tensor]:
+    """Outputs of the main entry; those of a model with caches are read through the caches, as `decode` does.
+
+    The first `prompt` tokens are read by `prefill`, the others by the stages of `decode`, as if they were generated.
+    """
+    decode = program.entries.get(DECODE)
+    if decode is None or set(_inputs(decode)) - _scalars(decode) != set(sample):
+        name = next(key for key, known in program.entries.items() if known is program.main)
+        return program.run(name, sample, empty_state(program, program.main, sample))
+    return _staged(program, sample, prompt)
+
+
+def _staged(program: Program, sample: Sample, prompt: int) -> dict[str, Tensor]:
+    """Every stretch of tokens by its own entry, over the same caches."""
+    name, tokens = next((key, t) for key, t in sample.items() if t.ndim == 2)
+    main = next(key for key, known in program.entries.items() if known is program.main)
+    stretches = [(main, 0, prompt)] if prompt else []
+    stretches += spans(stages_of(program.info), tokens.shape[1], prompt)
+    state = empty_state(program, program.entries[DECODE], sample)
+    found: list[dict[str, Tensor]] = []
+    for entry, first, end in stretches:
+        past = {key: torch.tensor(first) for key in _scalars(program.entries[entry])}
+        results = program.run(entry, {name: tokens[:, first:end]} | past, state)
+        state |= {key: value for key, value in results.items() if key in state}
+        found.append(results)
+    names = [o.name for o in program.entries[stretches[-1][0]].outputs if o.kind == "output"]
+    return found[-1] if len(found) == 1 else {key: torch.cat([part[key] for part in found], 1) for key in names}
 
 
 def _inputs(entry: Entry) -> list[str]:
@@ -100,11 +117,16 @@ def empty_state(program: Program, entry: Entry, sample: Mapping[str, Tensor]) ->
 
 
 def predictions(program: Program, model: LanguageModel, sample: Sample) -> tuple[Tensor, Tensor]:
-    """Scores [positions, vocabulary] of each token that follows another, and these tokens [positions].
+    """Scores [positions, vocabulary] of each token that follows another, and these tokens [positions]."""
+    return following(model, run(program, sample)[model.scores], sample)
+
+
+def following(model: LanguageModel, scores: Tensor, sample: Sample) -> tuple[Tensor, Tensor]:
+    """Scores [batch, tokens, vocabulary] -> those [positions, vocabulary] of tokens that follow others, and the tokens.
 
     Where the sample has an attention mask, tokens that it hides do not count.
     """
-    scores, tokens = run(program, sample)[model.scores], sample[model.tokens]
+    tokens = sample[model.tokens]
     found, wanted = scores[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     mask = sample.get(MASK)
     if mask is None or mask.shape != tokens.shape:

@@ -29,7 +29,7 @@ class Walk:
 
     def __init__(self, program: Program, samples: Sequence[Sample], stops: Collection[fx.Node]) -> None:
         self.program, self.stops = program, set(stops)
-        needed = _needed(stops)
+        needed = needed_by(stops)
         self.order = [node for node in program.main.graph.nodes if node in needed and node.op == "call_function"]
         self.dying = _last_reads(self.order)
         self.samples = [self._given(needed, sample) for sample in samples]
@@ -77,11 +77,11 @@ class Walk:
                 continue
             if bound.kind == "input" and bound.key not in sample:
                 raise CompileError(f"a calibration sample has no {bound.key!r}", hint=f"it has {sorted(sample)}")
-            found[node] = sample[bound.key] if bound.kind == "input" else _empty_cache(self.program, bound.key, sample)
+            found[node] = sample[bound.key] if bound.kind == "input" else empty_cache(self.program, bound.key, sample)
         return found
 
 
-def _needed(stops: Collection[fx.Node]) -> set[fx.Node]:
+def needed_by(stops: Collection[fx.Node]) -> set[fx.Node]:
     """The stops and all they depend on."""
     found: set[fx.Node] = set()
     pending = list(stops)
@@ -105,7 +105,7 @@ def _last_reads(order: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     return dying
 
 
-def _empty_cache(program: Program, key: str, sample: Sample) -> Tensor:
+def empty_cache(program: Program, key: str, sample: Sample) -> Tensor:
     """Zeros in the shape of a slot, just long enough for the tokens of the sample."""
     slot = program.state[key]
     batch, tokens = next(tuple(t.shape[:2]) for t in sample.values() if t.ndim > 1)
