@@ -12,7 +12,7 @@ from sylvester.compiler.ledger import Fusion
 from sylvester.compiler.manifest import Manifest
 from sylvester.compiler.program import Program
 from sylvester.compiler.progress import Progress
-from sylvester.compiler.recipe import Speed
+from sylvester.compiler.recipe import Machine
 from sylvester.compiler.target import Target
 
 
@@ -36,8 +36,8 @@ class Backend(ABC):
         `Unsupported` names the ops that have no lowering; `ToolchainMissing` when code cannot be compiled.
         """
 
-    def speed(self, program: Program, target: Target) -> Speed | None:
-        """What times linear layers of the program by the bits of their weights; None where that cannot be done here."""
+    def machine(self, program: Program, target: Target) -> Machine | None:
+        """What passes may ask about the target to decide about the program; None where it cannot be timed here."""
         return None
 
     def identity(self, target: Target) -> tuple[str, ...] | None:

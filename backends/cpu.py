@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from sylvester.backends.base import Backend
+from sylvester.backends.cpu_machine import CpuMachine
 from sylvester.backends.identity import identity
 from sylvester.backends.kernel_table import write_table
 from sylvester.backends.memory_plan import memory_plan
@@ -18,7 +19,6 @@ from sylvester.backends.signature import manifest
 from sylvester.backends.tensor_writer import write_tensors
 from sylvester.backends.toolchain import build_shared, find_compiler
 from sylvester.backends.tuning import tune, write_problems
-from sylvester.backends.width_speed import linear_seconds
 from sylvester.codegen.compile import compile_program
 from sylvester.codegen.isa import variants
 from sylvester.compiler import knobs, quantized_ops  # noqa: F401  (registers the ops below)
@@ -26,7 +26,7 @@ from sylvester.compiler.errors import Unsupported
 from sylvester.compiler.manifest import Manifest
 from sylvester.compiler.program import Program, binding
 from sylvester.compiler.progress import Progress
-from sylvester.compiler.recipe import Speed
+from sylvester.compiler.recipe import Machine
 from sylvester.compiler.target import Target, host_architecture
 
 BF16_READERS = (torch.ops.sylvester.linear_bf16.default, torch.ops.sylvester.widen_bf16.default)
@@ -41,12 +41,11 @@ class Cpu(Backend):
     def identity(self, target: Target) -> tuple[str, ...] | None:
         return identity(target)
 
-    def speed(self, program: Program, target: Target) -> Speed | None:
+    def machine(self, program: Program, target: Target) -> Machine | None:
         """One row at a time for models that decode, a block of rows for others."""
         if target.architecture != host_architecture():
             return None
-        rows = 1 if "decode" in program.entries else BLOCK_ROWS
-        return lambda shapes, bits: linear_seconds(shapes, bits, rows, target)
+        return CpuMachine(self, target, rows=1 if "decode" in program.entries else BLOCK_ROWS)
 
     def build(self, program: Program, target: Target, folder: Path, progress: Progress) -> Manifest:
         _require_float32(program)

@@ -27,7 +27,7 @@ class Null:
 
         return manifest(program, target)
 
-    def speed(self, program: Program, target: Target) -> None:
+    def machine(self, program: Program, target: Target) -> None:
         return None
 
     def identity(self, target: Target) -> tuple[str, ...] | None:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sylvester.compiler import compile_cache, registry, report_html
+from sylvester.compiler.budget import Budget
 from sylvester.compiler.calibration import Calibration
 from sylvester.compiler.causal_lm import analyse
 from sylvester.compiler.changes import Refusal
 from sylvester.compiler.compiled import Compiled
 from sylvester.compiler.errors import CompileError, Unsupported
+from sylvester.compiler.huggingface_parts import leave_out, require_present
 from sylvester.compiler.ledger import Ledger
 from sylvester.compiler.manifest import REPORT, REPORT_HTML, TOKENIZER, Manifest
 from sylvester.compiler.pipeline import Event, Pass, Pipeline
@@ -45,6 +47,9 @@ RAISE = (
 DERIVE = ("derive-decode", "last-logits")
 """For causal language models: needs attention and positions in raised form."""
 
+SEARCH = "sylvester.passes.search:Search"
+"""The recipe that keeps a budget."""
+
 DEFAULT_LENGTH = 2048
 """Capacity of the caches of a language model that states no limit itself."""
 
@@ -66,7 +71,7 @@ def compile(
     passes: str | Step | Sequence[str | Step] = (),
     calibration: Iterable[Any] | Calibration | None = None,
     draft: Sequence[Pass] | None = None,
-    budget: object | None = None,
+    budget: Budget | str | Mapping[str, Any] | None = None,
     dynamic: Any = None,
     tune: float | None = None,
     threads: int | None = None,
@@ -76,14 +81,15 @@ def compile(
 
     `calibration` is data that passes fit to and that lossy passes are measured on: texts, token ids [tokens] or
     [batch, tokens], tuples of inputs or dicts by name. The last quarter is held back for measuring only.
+    `budget` has what each layer becomes searched for, after `passes`, within bounds on size, latency, memory and quality.
     """
-    _refuse_untaken(draft=draft, budget=budget)
+    _refuse_untaken(draft=draft)
     report = progress or silent
     chosen = Target.parse(target, threads=threads, tune=tune)
     backend = registry.lookup("targets", chosen.name)()
     if chosen.tune is not None and not getattr(backend, "tunes", False):
         raise Unsupported(f"the target {chosen.name!r} has nothing to tune", hint="leave out `tune`")
-    steps = resolve_passes(passes)
+    steps = (*resolve_passes(passes), *_searched(budget, calibration))
     data = listed(calibration)
     key = compile_cache.key(model, example_inputs, dynamic, chosen, steps, backend, data)
     if reused := compile_cache.reuse(key, threads):
@@ -91,15 +97,16 @@ def compile(
     program, raised = _trace(model, example_inputs, dynamic, report, chosen.max_length)
     program = _calibrated(program, data, report)
     with watching(report):
-        rewrites, chosen_by = expand(steps, program, backend.speed(program, chosen))
+        expansion = expand(steps, program, backend.machine(program, chosen))
+    rewrites = expansion.passes
     program, rewritten = _rewrite(program, rewrites, report)
     folder = compile_cache.workplace(key)
     try:
         manifest = backend.build(program, chosen, folder, report)
         _add_tokenizer(program, folder)
-        notes = [*chosen_by, *program.info.get("notes", []), *getattr(backend, "notes", ()), *key.notes]
+        notes = [*expansion.notes, *program.info.get("notes", []), *getattr(backend, "notes", ()), *key.notes]
         fusions = list(getattr(backend, "fusions", ()))
-        facts = {"model": _model_facts(program), **getattr(backend, "facts", {})}
+        facts = {"model": _model_facts(program), **getattr(backend, "facts", {}), **expansion.facts}
         manifest = replace(manifest, passes=tuple(map(str, rewrites)))
         ledger = Ledger(raised.rows + rewritten.rows, notes, fusions, start=len(raised.rows))
         _write_report(folder, manifest, ledger, facts)
@@ -122,7 +129,11 @@ def _trace(
     program.info["captured"] = list(program.weights)
     _limit_length(program, max_length)
     program, ledger = _rewrite(program, _built_in(RAISE), progress)
-    return _derive(program, ledger, progress)
+    leave_out(program, "all")
+    program, ledger = _derive(program, ledger, progress)
+    leave_out(program, "decode")
+    require_present(program)
+    return program, ledger
 
 
 def _derive(program: Program, ledger: Ledger, progress: Progress) -> tuple[Program, Ledger]:
@@ -175,6 +186,18 @@ def _rewrite(program: Program, steps: tuple[Pass, ...], progress: Progress) -> t
         return Pipeline(steps, (observe,)).run(program)
 
 
+def _searched(budget: Budget | str | Mapping[str, Any] | None, calibration: object) -> tuple[Step, ...]:
+    """What keeps a budget, as a step after those of the caller."""
+    if budget is None:
+        return ()
+    wanted = Budget.parse(budget)
+    if calibration is None:
+        raise CompileError(
+            f"a {wanted} is kept by measuring on calibration data, and there is none", hint="compile(..., calibration=texts)"
+        )
+    return (registry.resolve(SEARCH)(wanted),)
+
+
 def _refuse_untaken(**options: object) -> None:
     for name, value in options.items():
         if value is not None:
@@ -198,6 +221,7 @@ def _model_facts(program: Program) -> dict[str, object]:
         "architecture": program.info.get("architecture", ""),
         "kind": program.info.get("kind", ""),
         "max_length": program.info.get("max_length", 0),
+        "layers": program.info.get("depth", 0),
         "calibration": {"fit": len(data.fit), "held": len(data.held)} if data else None,
     }
 

@@ -11,7 +11,7 @@ from sylvester.compiler import registry
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.pipeline import Pass, Pipeline
 from sylvester.compiler.program import Program
-from sylvester.compiler.recipe import Recipe, Speed
+from sylvester.compiler.recipe import Expansion, Machine, Recipe
 
 Step = Pass | Recipe
 
@@ -96,18 +96,20 @@ def _options(text: str, known: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def expand(steps: Sequence[Step], program: Program, speed: Speed | None) -> tuple[tuple[Pass, ...], list[str]]:
-    """Passes for all steps, and what recipes have to say; a recipe sees the program that the steps before it leave."""
+def expand(steps: Sequence[Step], program: Program, machine: Machine | None) -> Expansion:
+    """Passes, notes and facts of all steps together; a recipe sees the program that the steps before it leave."""
     passes: list[Pass] = []
     notes: list[str] = []
+    facts: dict[str, object] = {}
     done = 0
     for step in steps:
         if isinstance(step, Pass):
             passes.append(step)
             continue
         program = Pipeline(tuple(passes[done:]), check=False)(program) if passes[done:] else program
-        expansion = step.expand(program, speed)
+        expansion = step.expand(program, machine)
         done = len(passes)
         passes += expansion.passes
         notes += expansion.notes
-    return tuple(passes), notes
+        facts |= expansion.facts
+    return Expansion(tuple(passes), tuple(notes), facts)

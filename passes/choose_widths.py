@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from sylvester.compiler.calls import arguments
 from sylvester.compiler.program import Program, binding, is_weight
-from sylvester.compiler.recipe import Shape, Speed
+from sylvester.compiler.recipe import Seconds, Shape
 
 LINEAR = torch.ops.aten.linear.default
+Speed = Callable[[Iterable[Shape], Iterable[int]], Seconds]
 WIDER = {3: 4, 4: 8, 8: 16}
 NAMES = {16: "bfloat16", 8: "int8", 4: "int4", 3: "int3"}
 

@@ -11,7 +11,7 @@ import torch
 
 from sylvester.compiler.pipeline import Pass, Pipeline
 from sylvester.compiler.program import Program, binding, is_weight
-from sylvester.compiler.recipe import Expansion, Recipe, Speed
+from sylvester.compiler.recipe import Expansion, Machine, Recipe
 from sylvester.passes.choose_rotations import EQUALIZE, choose_rotations
 from sylvester.passes.choose_widths import choose_widths
 from sylvester.passes.quantize import Quantize
@@ -38,7 +38,7 @@ class LowBit(Recipe):
     tried: tuple[str, ...] = (EQUALIZE, "residual", "values", "ffn")
     more: tuple[Pass, ...] = ()
 
-    def expand(self, program: Program, speed: Speed | None) -> Expansion:
+    def expand(self, program: Program, machine: Machine | None) -> Expansion:
         few = self.quantize.weights <= FITTED or (self.quantize.activations or LONG) == LONG
         method: Literal["rtn", "mse", "gptq"] = "rtn" if not few else "gptq" if program.calibration else "mse"
         per_layer = heads(program, self.quantize.weights) if self.quantize.activations == SHORTEST else {}
@@ -48,8 +48,8 @@ class LowBit(Recipe):
             return self._expansion([quantize, *self.more], [note])
         choice = choose_rotations(program, quantize, self.tried)
         notes = list(choice.notes)
-        if speed is not None:
-            widths = choose_widths(Pipeline(choice.passes, check=False)(program), quantize.weights, speed)
+        if machine is not None:
+            widths = choose_widths(Pipeline(choice.passes, check=False)(program), quantize.weights, machine.linears)
             last = tuple(pattern.removesuffix("*") for pattern in per_layer)
             wider = {k: f"w{bits}a8" if k.startswith(last) else bits for k, bits in widths.per_layer.items()}
             quantize = dataclasses.replace(quantize, per_layer={**wider, **per_layer})

@@ -10,7 +10,7 @@ import torch
 import sylvester as sv
 from sylvester.compiler.calibration import Calibration
 from sylvester.compiler.pipeline import Pipeline
-from sylvester.compiler.recipe import Recipe
+from sylvester.compiler.recipe import Machine, Recipe
 from sylvester.compiler.registry import lookup, table
 from sylvester.compiler.resolve import expand, resolve_passes, separated
 from sylvester.passes import recipes
@@ -43,6 +43,22 @@ class OutlierFfn(torch.nn.Module):
         return self.down(torch.relu(self.up(x)))
 
 
+class Even(Machine):
+    """Every layer takes as long as any other."""
+
+    def identity(self):
+        return "even"
+
+    def linears(self, shapes, bits):
+        return {shape: dict.fromkeys(bits, 1.0) for shape in shapes}
+
+    def steps(self, programs, entry, length):
+        raise NotImplementedError
+
+    def footprint(self, program):
+        raise NotImplementedError
+
+
 @pytest.fixture(scope="module")
 def outliers():
     program = sv.trace(OutlierFfn(), (torch.randn(3, WIDTH),))
@@ -67,14 +83,15 @@ def test_every_recipe_can_be_named_and_says_what_it_does():
 
 
 def test_without_calibration_nothing_is_rotated_and_that_is_said(language_model):
-    passes, notes = expand(resolve_passes("w4a8"), language_model, None)
+    expansion = expand(resolve_passes("w4a8"), language_model, None)
+    passes, notes = expansion.passes, expansion.notes
     assert passes == (Quantize(4, method="mse"), QuantizeCache(), QuantizeAttention())
     assert "without calibration data no rotation is tried" in notes[1]
     assert notes[0].startswith("recipe w4a8 is quantize(weights=4, method='mse'), quantize-cache")
 
 
 def test_recipes_mix_with_passes(language_model):
-    passes, _ = expand(resolve_passes(["canonicalize", "w8a8", QuantizeAttention()]), language_model, None)
+    passes = expand(resolve_passes(["canonicalize", "w8a8", QuantizeAttention()]), language_model, None).passes
     names = [step.name for step in passes]
     assert names == ["canonicalize", "quantize", "quantize-cache", "quantize-attention", "quantize-attention"]
 
@@ -128,10 +145,8 @@ def test_widths_that_are_not_faster_are_widened(outliers):
 
 
 def test_a_recipe_with_calibration_uses_what_was_measured(outliers):
-    def speed(shapes, bits):
-        return {shape: dict.fromkeys(bits, 1.0) for shape in shapes}
-
-    passes, notes = expand(resolve_passes("w4a4"), outliers, speed)
+    expansion = expand(resolve_passes("w4a4"), outliers, Even())
+    passes, notes = expansion.passes, expansion.notes
 
     assert any(isinstance(step, (RotateHadamard, Equalize)) for step in passes)
     quantize = next(step for step in passes if isinstance(step, Quantize))
@@ -146,9 +161,7 @@ def test_a_head_taken_off_its_table_keeps_rows_of_8_bits_when_it_gets_wider(monk
     program.calibration = Calibration((dict(case.inputs),))
     monkeypatch.setattr(recipes, "choose_rotations", lambda *_: Choice((FoldNorms("split"),), ()))
 
-    passes, _ = expand(
-        resolve_passes("w4a4"), program, lambda shapes, bits: {s: dict.fromkeys(bits, 1.0) for s in shapes}
-    )
+    passes = expand(resolve_passes("w4a4"), program, Even()).passes
 
     quantize = next(step for step in passes if isinstance(step, Quantize))
     choices = dict(quantize.per_layer)
