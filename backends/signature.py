@@ -12,6 +12,7 @@ from torch.utils._sympy.numbers import int_oo
 from sylvester.backends.minimum import holds_at
 from sylvester.compiler.manifest import EntrySpec, Generation, Manifest, OutputSpec, SlotSpec, Symbol, TensorSpec
 from sylvester.compiler.program import Entry, Program, binding, value
+from sylvester.compiler.stages import KEY, stages_of
 from sylvester.compiler.target import Target
 
 Size = int | str
@@ -33,9 +34,15 @@ def manifest(
         isas=tuple(isas),
         state=slots,
         output=OutputSpec(str(info.get("output_type", "tensor"))),
-        generation=Generation(int(info["max_length"]), tuple(info.get("eos_token_ids", ()))) if generates else None,
+        generation=_generation(program) if generates else None,
         threads=target.threads,
     )
+
+
+def _generation(program: Program) -> Generation:
+    info = program.info
+    stages = stages_of(info) if KEY in info else ()
+    return Generation(int(info["max_length"]), tuple(info.get("eos_token_ids", ())), stages)
 
 
 def entry_spec(program: Program, entry: Entry, weights: Sequence[str] | None = None) -> EntrySpec:

@@ -54,8 +54,10 @@ def random_state(program: Program, entry: Entry, bases: Bases = SAME) -> dict[st
         return {}
     random = torch.Generator().manual_seed(0)
     tokens = _tokens_needed(entry)
-    shapes = {name: tuple(hint(n) for n in slot.shape) for name, slot in program.state.items()}
-    batch = {name: _batch(entry, slot.shape[0]) for name, slot in program.state.items()}
+    used = {binding(n).key for n in entry.placeholders("state")}
+    slots = {name: slot for name, slot in program.state.items() if name in used}
+    shapes = {name: tuple(hint(n) for n in slot.shape) for name, slot in slots.items()}
+    batch = {name: _batch(entry, slot.shape[0]) for name, slot in slots.items()}
     shapes = {name: (batch[name], shape[1], min(tokens, shape[2]), *shape[3:]) for name, shape in shapes.items()}
     made = {
         name: _random_records(entry, name, shape, random, bases.get(name, lambda x: x))

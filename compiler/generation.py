@@ -11,6 +11,7 @@ from sylvester.compiler.errors import InputError, Unsupported
 from sylvester.compiler.manifest import Manifest
 from sylvester.compiler.runner import Runner, State
 from sylvester.compiler.sampling import Sampling
+from sylvester.compiler.stages import entry_at
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +33,8 @@ class Options:
 
 
 def require_generation(manifest: Manifest) -> None:
-    missing = [name for name in (PREFILL, DECODE) if name not in manifest.entries]
+    stages = manifest.generation.stages if manifest.generation else ()
+    missing = [n for n in (PREFILL, DECODE, *(s.entry for s in stages)) if n not in manifest.entries]
     if missing or manifest.generation is None:
         found = list(manifest.entries)
         raise Unsupported(
@@ -59,21 +61,26 @@ def _steps(runner: Runner, name: str, prompt: Ids, state: State, count: int, opt
     random = np.random.default_rng(options.seed)
     entry, tokens = _first(runner.manifest), prompt
     done = np.zeros(len(prompt), bool)
-    for _ in range(count):
+    for step in range(count):
         logits = _advance(runner, entry, {name: tokens}, state)
         chosen = options.sampling.pick(logits, random)
-        if entry == DECODE:
+        if step:
             chosen = np.where(done, tokens[:, 0], chosen)
         done |= np.isin(chosen, stop)
         yield chosen
         if done.all():
             return
-        entry, tokens = DECODE, chosen[:, None]
+        entry, tokens = _variant(runner.manifest, state.position, step + 1), chosen[:, None]
 
 
 def _first(manifest: Manifest) -> str:
     """The entry that takes the prompt: `start` gives the logits of its last token only."""
     return START if START in manifest.entries else PREFILL
+
+
+def _variant(manifest: Manifest, position: int, generated: int) -> str:
+    """The entry that takes the next step."""
+    return entry_at(manifest.generation.stages if manifest.generation else (), position, generated)
 
 
 def _advance(runner: Runner, entry: str, inputs: dict[str, Ids], state: State) -> NDArray[Any]:

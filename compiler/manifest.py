@@ -10,6 +10,7 @@ from typing import Any
 
 from sylvester.compiler.errors import ArtefactError
 from sylvester.compiler.schema import SchemaError, load
+from sylvester.compiler.stages import Stage
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -72,10 +73,11 @@ class OutputSpec:
 
 @dataclass(frozen=True)
 class Generation:
-    """What `generate` needs: the longest sequence the caches hold, and the ids that end a text."""
+    """What `generate` needs: the longest sequence the caches hold, the ids that end a text, variants of `decode`."""
 
     max_length: int
     eos_token_ids: tuple[int, ...] = ()
+    stages: tuple[Stage, ...] = ()
 
 
 @dataclass(frozen=True)

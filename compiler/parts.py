@@ -61,10 +61,15 @@ def addends(segment: Segment) -> tuple[fx.Node, ...]:
 
 def find_parts(program: Program, flow: Dataflow, segment: Segment, kinds: dict[str, tuple[str, ...]]) -> list[Part]:
     """The parts of a segment. `kinds` remembers the kinds of segments with one digest, so that each is run once."""
-    parts = [_part(segment, branch) for branch in sorted(addends(segment), key=flow.order.__getitem__)]
+    parts = plain_parts(flow, segment)
     if segment.digest not in kinds:
         kinds[segment.digest] = tuple(classify(program, flow, part) for part in parts)
     return [replace(part, kind=kind) for part, kind in zip(parts, kinds[segment.digest], strict=True)]
+
+
+def plain_parts(flow: Dataflow, segment: Segment) -> list[Part]:
+    """The parts of a segment, their kinds not yet known."""
+    return [_part(segment, branch) for branch in sorted(addends(segment), key=flow.order.__getitem__)]
 
 
 def _part(segment: Segment, writer: fx.Node) -> Part:

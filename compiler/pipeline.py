@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -118,8 +118,10 @@ class Witness:
             old = self.bases.get(name)
             self.bases[name] = change if old is None else lambda x, old=old, change=change: change(old(x))  # type: ignore[misc]
 
-    def measure(self, program: Program) -> tuple[Measured, ...]:
+    def measure(self, program: Program, renamed: Mapping[str, str]) -> tuple[Measured, ...]:
         """How far the outputs moved from the results before; they become the reference of the next pass."""
+        if renamed:
+            self.bases = {renamed[name]: basis for name, basis in self.bases.items() if name in renamed}
         before, self.last = self.last, self._evaluate(program)
         return measure(program, before or {}, self.last)
 
@@ -151,7 +153,7 @@ def _apply(step: Pass, program: Program, before: Facts, witness: Witness | None)
         return row
     if step.contract == "exact":
         return replace(row, error=judge.after(program, changes.bases), runs=(ran_before, judge.seconds))
-    measured = judge.measure(program)
+    measured = judge.measure(program, changes.renamed)
     largest = max((m.largest for m in measured), default=None)
     quality = judge.quality.after(program)
     return replace(row, error=largest, measured=measured, quality=quality, runs=(ran_before, judge.seconds))

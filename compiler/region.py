@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import fx
 
 from sylvester.compiler.errors import CompileError
+from sylvester.compiler.parts import SUMS
 from sylvester.compiler.printing import fact
 from sylvester.compiler.program import Entry, binding, is_weight, value
 from sylvester.compiler.weights import ParameterStore
@@ -60,6 +62,25 @@ def bypass(entry: Entry, start: fx.Node, end: fx.Node) -> Region:
         raise CompileError(f"cannot skip from {fact(start)} to {fact(end)}: shape and type must be equal", at=end)
     entry.replace(end, start)
     return region
+
+
+def drop_addend(entry: Entry, end: fx.Node, addend: fx.Node) -> None:
+    """The sum at `end` goes on without `addend`: x + f(x) -> x. The next sweep erases what nothing reads."""
+    total, other = _sum_of(end, addend)
+    if fact(other) != fact(total):
+        raise CompileError(f"the sum without %{addend.name} is {fact(other)}, expected {fact(total)}", at=total)
+    entry.replace(total, other)
+
+
+def _sum_of(end: fx.Node, addend: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The addition or subtraction up to `end` that reads `addend`, and its other operand."""
+    for user in addend.users:
+        other = user.args[1] if user.args[0] is addend else user.args[0]
+        minuend = user.target is torch.ops.aten.sub.Tensor and user.args[0] is addend
+        plain = user.target in SUMS and not user.kwargs and not minuend and isinstance(other, fx.Node)
+        if plain and other is not addend and end in _reach({user}, forward=True):
+            return user, cast(fx.Node, other)
+    raise CompileError(f"%{addend.name} is not added to the stream by a plain sum", at=addend)
 
 
 def rebind(entry: Entry, store: ParameterStore, keys: Mapping[fx.Node, str], within: Iterable[fx.Node]) -> None:

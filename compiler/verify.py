@@ -7,6 +7,7 @@ from torch import Tensor, fx
 from sylvester.compiler.cache_ops import UPDATES
 from sylvester.compiler.errors import InvalidProgram
 from sylvester.compiler.program import Binding, Entry, Program, binding, value
+from sylvester.compiler.stages import stages_of
 
 
 def verify(program: Program) -> None:
@@ -65,18 +66,41 @@ def _verify_weight(weight: Tensor, node: fx.Node) -> None:
 
 
 def _verify_slots(program: Program) -> None:
-    """Slots are 0..k-1; an entry that touches state writes each slot once and reads a slot only after writing it."""
+    """Slots are 0..k-1; an entry that touches state writes each slot once and reads a slot only after writing it.
+
+    A later stage of decoding may leave slots alone, for good: what a step reads, every step before it wrote.
+    """
     indices = sorted(slot.index for slot in program.state.values())
     if indices != list(range(len(indices))):
         raise InvalidProgram(f"state slots are numbered {indices}, expected 0..{len(indices) - 1}")
+    expected = _expected_slots(program)
     for name, entry in program.entries.items():
         written = sorted(o.name for o in entry.outputs if o.kind == "state")
-        if written and written != sorted(program.state):
-            raise InvalidProgram(
-                f"entry {name!r} writes state {written}, expected each of {sorted(program.state)} once"
-            )
+        allowed = expected.get(name, set(program.state))
+        if written and (len(set(written)) < len(written) or set(written) != allowed):
+            raise InvalidProgram(f"entry {name!r} writes state {written}, expected each of {sorted(allowed)} once")
         for node in entry.placeholders("state"):
             _verify_read_after_write(node)
+
+
+def _expected_slots(program: Program) -> dict[str, set[str]]:
+    """The slots of the stages of decoding after the first: what each touches, when the one before touches that too."""
+    found: dict[str, set[str]] = {}
+    before = set(program.state)
+    for stage in stages_of(program.info):
+        entry = program.entries.get(stage.entry)
+        if entry is None:
+            continue
+        own = {o.name for o in entry.outputs if o.kind == "state"}
+        if stage.position and not own <= before:
+            missing = sorted(own - before)
+            raise InvalidProgram(
+                f"stage {stage.entry!r} reads state {missing} from position {stage.position} on, "
+                "which the stage before it does not write",
+                hint="depth must not grow with the position",
+            )
+        before = found[stage.entry] = own if stage.position else set(program.state)
+    return found
 
 
 def _verify_read_after_write(node: fx.Node) -> None:

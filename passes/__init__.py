@@ -8,6 +8,8 @@ from typing import Any
 PASSES = {
     "canonicalize": "sylvester.passes.canonicalize:Canonicalize",
     "derive-decode": "sylvester.passes.derive_decode:DeriveDecode",
+    "depth-schedule": "sylvester.passes.depth_schedule:DepthSchedule",
+    "drop-sublayers": "sylvester.passes.drop_sublayers:DropSublayers",
     "equalize": "sylvester.passes.equalize:Equalize",
     "fold-constants": "sylvester.passes.fold_constants:FoldConstants",
     "fold-norms": "sylvester.passes.fold_norms:FoldNorms",
@@ -21,6 +23,10 @@ PASSES = {
     "raise-norms": "sylvester.passes.raise_norms:RaiseNorms",
     "raise-rope": "sylvester.passes.raise_rope:RaiseRope",
     "rotate-hadamard": "sylvester.passes.rotate_hadamard:RotateHadamard",
+    "share-attention": "sylvester.passes.share_attention:ShareAttention",
+    "share-basis": "sylvester.passes.share_basis:ShareBasis",
+    "share-blocks": "sylvester.passes.share_blocks:ShareBlocks",
+    "skip-layers": "sylvester.passes.skip_layers:SkipLayers",
     "split-linears": "sylvester.passes.split_linears:SplitLinears",
 }
 RECIPES = {
