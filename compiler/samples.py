@@ -21,6 +21,7 @@ from sylvester.compiler.text import load_tokenizer
 
 LONGEST, SHORTEST = 512, 64
 """Tokens of a window that texts are cut into, at most, and at least where there are few."""
+CALIBRATION = "calibration"
 PARTS = 4
 """The last of so many parts of the samples is held back; texts are cut into as many windows at least."""
 TYPES = "token_type_ids"
@@ -28,17 +29,22 @@ SLACK = 1.001
 """Rounding of a perplexity."""
 
 
-def listed(given: Iterable[Any] | Calibration | None) -> list[Any] | Calibration | None:
-    """The samples of any iterable, read once."""
+def listed(given: Iterable[Any] | Calibration | None, word: str = CALIBRATION) -> list[Any] | Calibration | None:
+    """The samples of any iterable, read once; `word` names them in errors."""
     if given is None or isinstance(given, Calibration):
         return given
     if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable) or getattr(given, "ndim", 2) < 2:
         kind = type(given).__name__ + (f" of shape {list(given.shape)}" if hasattr(given, "shape") else "")
-        raise CompileError(f"calibration is a {kind}, expected an iterable of samples", hint="for one sample write [x]")
+        raise CompileError(f"{word} is a {kind}, expected an iterable of samples", hint="for one sample write [x]")
     found = list(given)
     if not found:
-        raise CompileError("calibration is empty", hint="give at least one sample, better 4 or more")
+        raise CompileError(f"{word} is empty", hint="give at least one sample, better 4 or more")
     return found
+
+
+def read(program: Program, given: Sequence[Any], word: str = CALIBRATION) -> tuple[Sample, ...]:
+    """Samples as calls of the main entry, none held back and none judged; errors as in `parse`."""
+    return tuple(_Reader(program, word).samples(given))
 
 
 def parse(program: Program, given: Sequence[Any] | Calibration) -> Calibration:
@@ -74,8 +80,9 @@ def _check_prediction(program: Program, model: LanguageModel, data: Calibration)
 class _Reader:
     """Turns what the caller gave into samples of one program."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, word: str = CALIBRATION) -> None:
         self.program = program
+        self.word = word
         self.model = language_model(program)
         self.signature = Signature.of(program)
         self.tokens = token_input(program)
@@ -86,11 +93,11 @@ class _Reader:
             items = list(run)
             if textual:
                 first, last = items[0][0], items[-1][0]
-                where = f"calibration sample{f's {first} to {last}' if last > first else f' {first}'}"
+                where = f"{self.word} sample{f's {first} to {last}' if last > first else f' {first}'}"
                 yield from self._checked(self._from_texts([text for _, text in items], where), where)
                 continue
             for i, value in items:
-                where = f"calibration sample {i}"
+                where = f"{self.word} sample {i}"
                 yield from self._checked(self._from_value(value, where), where)
 
     def _checked(self, samples: Iterable[Sample], where: str) -> Iterator[Sample]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sylvester.compiler.driver import compile as compile
     from sylvester.compiler.driver import trace as trace
     from sylvester.compiler.errors import CompileError as CompileError
+    from sylvester.compiler.finetune import finetune as finetune
     from sylvester.compiler.program import Program as Program
     from sylvester.compiler.target import Target as Target
 
@@ -27,11 +28,24 @@ _PLACES = {
     "Program": "sylvester.compiler.program",
     "Target": "sylvester.compiler.target",
     "compile": "sylvester.compiler.driver",
+    "finetune": "sylvester.compiler.finetune",
     "load": "sylvester.compiler.compiled",
     "trace": "sylvester.compiler.driver",
 }
 
-__all__ = ["Budget", "CompileError", "Compiled", "Program", "Target", "compile", "hadamard", "load", "passes", "trace"]
+__all__ = [
+    "Budget",
+    "CompileError",
+    "Compiled",
+    "Program",
+    "Target",
+    "compile",
+    "finetune",
+    "hadamard",
+    "load",
+    "passes",
+    "trace",
+]
 
 
 def hadamard(x: Tensor, block: int | None = None, transposed: bool = False) -> Tensor:

@@ -6,7 +6,19 @@ import pytest
 
 import sylvester
 
-PUBLIC = ("Budget", "CompileError", "Compiled", "Program", "Target", "compile", "hadamard", "load", "passes", "trace")
+PUBLIC = (
+    "Budget",
+    "CompileError",
+    "Compiled",
+    "Program",
+    "Target",
+    "compile",
+    "finetune",
+    "hadamard",
+    "load",
+    "passes",
+    "trace",
+)
 
 
 def test_public_names_are_these() -> None:
