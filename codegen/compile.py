@@ -17,6 +17,7 @@ from sylvester.codegen import (
     aten_reductions,
     aten_views,
     attention_calls,
+    combined,
     convolution,
     dialect,
     families,
@@ -45,7 +46,7 @@ from sylvester.compiler.program import Entry, Program, value
 
 REGISTERED = (
     aten_activations, aten_factories, aten_indexing, aten_norms, aten_pointwise, aten_reductions, aten_views,
-    attention_calls, convolution, dialect, families, linears, low_bit, pooling, rotations,
+    attention_calls, combined, convolution, dialect, families, linears, low_bit, pooling, rotations,
 )  # fmt: skip
 """Every module whose import registers lowerings."""
 

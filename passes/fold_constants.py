@@ -16,6 +16,7 @@ from sylvester.compiler.errors import module_path
 from sylvester.compiler.pipeline import Contract, Pass
 from sylvester.compiler.printing import op_name
 from sylvester.compiler.program import Entry, Program, binding, is_weight, value
+from sylvester.compiler.shared_ops import combine
 from sylvester.passes.common_subexpressions import is_deterministic
 
 aten = torch.ops.aten
@@ -143,10 +144,11 @@ def inline_scalars(program: Program, entry: Entry, changes: Changes) -> None:
 
 
 def _constant_nodes(entry: Entry) -> dict[fx.Node, None]:
-    """Weights, and the calls on nothing but weights and literals whose shape is known."""
+    """Weights, and the calls on nothing but weights and literals whose shape is known; shared weights stay shared."""
     found: dict[fx.Node, None] = {}
     for node in entry.graph.nodes:
-        call = node.op == "call_function" and is_deterministic(node.target) and _is_static(node)
+        foldable = node.target is not combine.target and is_deterministic(node.target)
+        call = node.op == "call_function" and foldable and _is_static(node)
         if is_weight(node) or (call and all(u in found for u in node.all_input_nodes)):
             found[node] = None
     return found
