@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sylvester.compiler.errors import CompileError
+from sylvester.compiler.huggingface_parts import plan_skips, tie
 from sylvester.compiler.inputs import Tensors
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -21,21 +22,23 @@ LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq
 BATCH, LENGTH, TARGET_LENGTH, SAMPLES = 2, 11, 7, 8000
 
 
-def load_folder(path: str | Path) -> tuple[nn.Module, Tensors, dict[str, Any]]:
+def load_folder(path: str | Path, *, whole: bool = False) -> tuple[nn.Module, Tensors, dict[str, Any]]:
     """The model of a folder with config.json and safetensors weights, example inputs, `facts_of` it plus `tokenizer`.
 
-    Nothing is downloaded and no code of the folder is run. Raises `CompileError`.
+    Parts of layers that the config skips are in the model where its class does not leave them out, or with `whole`;
+    `skips` in the facts says which are to be dropped, and `absent` which weights have no values. `source` and `config`
+    say where the model is from. Nothing is downloaded and no code of the folder is run. Raises `CompileError`.
     """
     folder = Path(path)
     config = _read_json(folder / "config.json", "a Hugging Face folder has one")
     _check_files(folder)
     if "quantization_config" in config:
         raise CompileError(f"the weights in {str(folder)!r} are quantized", hint="give the full-precision checkpoint")
-    model = _load(folder, config).eval()
-    info = facts_of(model)
+    model, skipped = _load(folder, config, whole)
+    info = facts_of(model) | skipped | {"source": str(folder.resolve()), "config": config}
     tokenizer = folder / "tokenizer.json"
     info["tokenizer"] = str(tokenizer) if tokenizer.exists() else None
-    return model, example_inputs(model), info
+    return model.eval(), example_inputs(model), info
 
 
 def _read_json(path: Path, hint: str) -> dict[str, Any]:
@@ -78,18 +81,24 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(names))
 
 
-def _load(folder: Path, config: dict[str, Any]) -> nn.Module:
+def _load(folder: Path, config: dict[str, Any], whole: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, and what its config skips."""
     with _silent() as transformers:
         cls = _architecture(transformers, config)
         try:
+            plan = plan_skips(cls, config, whole)
             model, report = cls.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
                 attn_implementation=_attention(cls), ignore_mismatched_sizes=True, output_loading_info=True,
+                **plan.options,
             )  # fmt: skip
+        except CompileError:
+            raise
         except Exception as error:
             raise CompileError(f"cannot load {str(folder)!r}: {_first_line(error)}") from error
-    _check_report(folder, report)
-    return cast(nn.Module, model)
+    missing = tie(model, folder, report["missing_keys"])
+    _check_report(folder, report, [] if plan.incomplete else missing)
+    return cast(nn.Module, model), plan.facts(missing)
 
 
 def _attention(cls: Any) -> str:
@@ -109,8 +118,8 @@ def _architecture(transformers: Any, config: dict[str, Any]) -> Any:
     return cls
 
 
-def _check_report(folder: Path, report: dict[str, Any]) -> None:
-    if missing := sorted(report["missing_keys"]):
+def _check_report(folder: Path, report: dict[str, Any], missing: list[str]) -> None:
+    if missing:
         raise CompileError(f"the weights in {str(folder)!r} lack {len(missing)} tensors, the first is {missing[0]!r}")
     for key, found, expected in sorted(report["mismatched_keys"], key=str):
         raise CompileError(f"weight {key!r} is {list(found)}, the config makes it {list(expected)}")

@@ -203,6 +203,12 @@ class Program:
 
         return serialize.load(folder)
 
+    def export_hf(self, folder: str | Path, *, stock: bool = False) -> Path:
+        """Write a Hugging Face folder with the parts and weights that are left; see compiler/huggingface_export.py."""
+        from sylvester.compiler import huggingface_export
+
+        return huggingface_export.export(self, folder, stock=stock)
+
     def nodes(self) -> Iterator[tuple[str, fx.Node]]:
         for name, entry in self.entries.items():
             yield from ((name, node) for node in entry.graph.nodes)

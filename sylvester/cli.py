@@ -122,6 +122,31 @@ def compile_command(
         emit(facts, f"{compiled.ledger}\n{done}", as_json)
 
 
+@app.command("export")
+def export_command(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the folder goes.")],
+    form: Annotated[str, typer.Option("--format", help="hf: a Hugging Face folder.")] = "hf",
+    passes: Annotated[str, typer.Option(help=PASSES)] = "",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Data for passes that measure: a text, or token ids in .npy or .safetensors.")
+    ] = None,
+    stock: Annotated[
+        bool, typer.Option("--stock", help="With copies and zeros, so that transformers itself computes the same.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Rewrite a model and save it in the format of its own library."""
+    from sylvester.cli_export import export
+    from sylvester.cli_inputs import read_calibration
+
+    data = None if calibration is None else read_calibration(calibration)
+    with watched(not as_json) as progress:
+        facts = export(model, output, form, _passes(passes), data, stock, progress)
+    text = facts.pop("text")
+    emit(facts, f"{text}\n{output}: {facts['bytes'] / 1e6:.1f} MB", as_json)
+
+
 @app.command("run")
 def run_command(
     artefact: Folder,
