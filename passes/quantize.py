@@ -15,6 +15,7 @@ from sylvester.compiler.pipeline import Contract, Pass
 from sylvester.compiler.program import Entry, Program
 from sylvester.compiler.progress import report
 from sylvester.compiler.quantized_ops import GROUPS
+from sylvester.compiler.weight_places import record, weight_places
 from sylvester.passes.quantize_cache import QuantizeCache
 from sylvester.passes.quantize_fit import STAGE, Fit, decisive
 from sylvester.passes.quantize_plan import WIDTHS, Layer, Plan, pairs, parse_choice, width
@@ -87,6 +88,7 @@ class Quantize(Pass):
     def run(self, program: Program) -> Changes:
         changes = Changes()
         layers = self._plan().layers(program, changes)
+        places = weight_places(program) if layers else {}
         rounder = Rounder(program, self.method, decisive(program, layers, self.static) if self.method == "gptq" else ())
         if layers and program.calibration and program.calibration.fit:
             changes.extend(Fit(program, layers, self.static, rounder).run())
@@ -94,6 +96,7 @@ class Quantize(Pass):
         for layer in layers:
             self._rewrite(program, layer)
             changes.apply(layer.uses.kind, layer.key)
+        record(changes, places, ((layer.key, layer.width.name) for layer in layers))
         if rounder.finished.reused:
             changes.note(f"reused {rounder.finished.reused} of {len(layers)} layers of an earlier run")
         if self.kv:
