@@ -14,6 +14,7 @@ from sylvester.backends.signature import dtype_text
 from sylvester.backends.tensor_writer import Deferred
 from sylvester.codegen.formats import depth, packed, panel_bytes
 from sylvester.codegen.layout import F32, PANEL, Layout
+from sylvester.codegen.sparse import pack_columns, padded
 from sylvester.compiler.binding import DTYPES
 from sylvester.compiler.program import Program
 
@@ -31,6 +32,9 @@ def _deferred(program: Program, layout: Layout) -> Deferred:
         weight = program.weights[layout.keys[0]]
         name = dtype_text(weight.dtype)
         return Deferred(tuple(weight.shape), DTYPES.get(name, name), lambda: array(weight))
+    if layout.kind == "columns":
+        n, k = program.weights[layout.keys[0]].shape
+        return Deferred((k, padded(n)), "float32", lambda: pack_columns(array(program.weights[layout.keys[0]])))
     shape = _packed_shape(program, layout)
     return Deferred(shape, "float32" if layout.format == F32 else "uint8", lambda: _packed(program, layout))
 

@@ -8,7 +8,8 @@ from typing import Literal
 PANEL = 32
 """Output features of a linear layer in one panel."""
 
-FormatName = Literal["f32", "bf16", "q8", "q4", "q3"]
+FormatName = Literal["f32", "bf16", "q8", "q4", "q3", "rows", "columns"]
+"""Panels of these numbers; of float32 also a weight as it is, by rows, or transposed, by columns."""
 Bits = Literal[4, 8, 16]
 
 
@@ -35,6 +36,11 @@ class Format:
         return self.name in ("q8", "q4", "q3")
 
     @property
+    def floats(self) -> bool:
+        """Whether the rows of the input are read as they are."""
+        return self.name in ("f32", "rows", "columns")
+
+    @property
     def stored(self) -> Format:
         """What the weights are stored for; the same for all kinds of rows."""
         return Format(self.name, self.group)
@@ -54,9 +60,10 @@ class Layout:
 
     plain: a single tensor as it is. joined: vectors end to end, a missing one is zeros of its length (`lengths`).
     panels: the rows of all weights end to end in panels of 32; with `ways` > 1 panel p of each weight in turn.
+    columns: W^T of a single float32 weight, its rows padded with zeros to whole panels.
     """
 
-    kind: Literal["plain", "joined", "panels"]
+    kind: Literal["plain", "joined", "panels", "columns"]
     keys: tuple[str, ...]
     scales: tuple[str, ...] = ()
     lengths: tuple[int, ...] = ()
@@ -69,6 +76,8 @@ class Layout:
         joined = "+".join(self.keys)
         if self.kind == "plain":
             return joined
+        if self.kind == "columns":
+            return f"{joined}@columns"
         if self.kind == "joined":
             return f"{joined}@{'+'.join(map(str, self.lengths))}{'' if self.ways == 1 else f'x{self.ways}'}"
         return f"{joined}@{self.format}" + ("" if self.ways == 1 else f"x{self.ways}")

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from sylvester.codegen.layout import F32, Format
+from sylvester.codegen.branches import branches
+from sylvester.codegen.layout import F32, Format, FormatName
 from sylvester.codegen.quantized import group_of
-from sylvester.compiler import quantized_ops  # noqa: F401  (registers the ops below)
+from sylvester.compiler import quantized_ops, sparse_ops  # noqa: F401  (register the ops below)
 from sylvester.compiler.errors import Unsupported
 from sylvester.compiler.program import Entry, Program, binding, is_weight, value
 
@@ -32,6 +33,8 @@ WIDENINGS = (
     dialect.widen_bf16.default,
 )
 """Ops that read a weight out of the panels of a low-bit linear layer."""
+SKIPPING: Mapping[Any, FormatName] = {dialect.sparse_glu.default: "rows", dialect.sparse_linear.default: "columns"}
+"""Ops that read parts of a weight only, and how it must be stored for that; every layer reads that one copy."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,9 @@ def linear_groups(program: Program) -> dict[str, Groups]:
 
     A weight is stored once, so layers are only joined when every use of each of their weights is in an equal group.
     """
-    found = {name: _candidates(entry) for name, entry in program.entries.items()}
-    low_bit = {key for groups in found.values() for g in groups if g.format != F32 for key in g.weights}
+    strided = strided_weights(program)
+    found = {name: _candidates(entry, strided) for name, entry in program.entries.items()}
+    low_bit = {key for groups in found.values() for g in groups if not g.format.floats for key in g.weights}
     uses: dict[str, set[Any]] = defaultdict(set)
     for entry_name, entry in program.entries.items():
         members = {node: group for group in found[entry_name] for node in group.nodes}
@@ -109,13 +113,27 @@ def _argument(node: fx.Node, name: str) -> Any:
     return node.kwargs.get(name, given.get(name))
 
 
-def _candidates(entry: Entry) -> list[LinearGroup]:
-    """Stored-weight layers grouped by input, format and the scale of the rows."""
+def strided_weights(program: Program) -> dict[str, FormatName]:
+    """Float32 weights that are not stored in panels, because a kernel skips rows of them."""
+    found: dict[str, FormatName] = {}
+    for entry in program.entries.values():
+        for node in entry.calls(*SKIPPING):
+            if is_weight(weight_of(node)) and value(weight_of(node)).dim() == 2:
+                found.setdefault(binding(weight_of(node)).key, SKIPPING[node.target])
+    return found
+
+
+def _candidates(entry: Entry, strided: Mapping[str, FormatName]) -> list[LinearGroup]:
+    """Stored-weight layers grouped by input, format and the scale of the rows; strided ones stand alone."""
     by_input: dict[Any, list[fx.Node]] = defaultdict(list)
+    branch_of = branches(entry)
     for node in entry.calls(*LINEARS):
         if is_stored(node):
-            by_input[node.args[0], format_of(node), step_of(node)].append(node)
-    return [part for (_, form, _), nodes in by_input.items() for part in _split_gates(nodes, form)]
+            key = binding(weight_of(node)).key
+            form = Format(strided[key]) if key in strided else format_of(node)
+            alone = key if key in strided else ""
+            by_input[node.args[0], form, step_of(node), branch_of.get(node), alone].append(node)
+    return [part for (_, form, *_), nodes in by_input.items() for part in _split_gates(nodes, form)]
 
 
 def is_stored(node: fx.Node) -> bool:

@@ -14,7 +14,7 @@ from sylvester.codegen.index import Index, index, product
 from sylvester.codegen.layout import F32, PANEL, Format, Layout, plain
 from sylvester.codegen.lazy import Buffer, Lazy, Linear, Pointer, RowNorm, Shape, as_strided, of_buffer
 from sylvester.codegen.linear import FEW_ROWS, record_bytes
-from sylvester.codegen.linear_groups import LinearGroup, bias_of
+from sylvester.codegen.linear_groups import LinearGroup, bias_of, weight_of
 from sylvester.codegen.lowering import Fact, Lowering, lowers, origin
 from sylvester.codegen.quantized import LARGEST_DEPTH
 from sylvester.codegen.shapes import shape_of
@@ -39,7 +39,7 @@ def lower_group(lowering: Lowering, group: LinearGroup) -> dict[fx.Node, Lazy]:
     norm = x.norm
     rows, stride = row_pointer(lowering, norm.x if norm else x)
     m, records = product(lead), None
-    packs = norm is not None or group.format != F32
+    packs = norm is not None or not group.format.floats
     if packs and not (m.constant and m.constant <= FEW_ROWS):
         records = lowering.buffer("arena", (m, index(record_bytes(group.format, _number(k)))), "u8").name
     lowering.plan.steps.append(
@@ -95,6 +95,8 @@ def _require_sums_that_fit(group: LinearGroup, k: int) -> None:
 
 def stored_weight(group: LinearGroup) -> tuple[Layout, Shape, str]:
     """How the weights of a group are stored, with the shape and dtype of their buffer."""
+    if group.format.name in ("rows", "columns"):
+        return strided_weight(group.weights[0], group.format.name, shape_of(value(weight_of(group.nodes[0]))))
     ways = len(group.nodes) if group.interleaved else 1
     layout = Layout("panels", group.weights, group.scales, format=group.format.stored, ways=ways)
     widths = [int(value(n).shape[-1]) for n in group.nodes]
@@ -103,6 +105,11 @@ def stored_weight(group: LinearGroup) -> tuple[Layout, Shape, str]:
         return layout, (index(sum(widths)), index(k)), "f32"
     panels = ways * -(-widths[0] // PANEL) if group.interleaved else -(-sum(widths) // PANEL)
     return layout, (index(panels), index(panel_bytes(group.format, k))), "u8"
+
+
+def strided_weight(key: str, order: str, shape: Shape) -> tuple[Layout, Shape, str]:
+    """A float32 weight as it is, or transposed for `order` "columns"."""
+    return (Layout("columns", (key,)) if order == "columns" else plain(key)), shape, "f32"
 
 
 def _bias(lowering: Lowering, group: LinearGroup, widths: list[int]) -> str | None:

@@ -18,6 +18,7 @@ aten, dialect = torch.ops.aten, torch.ops.sylvester
 
 NORMS = (aten.layer_norm.default, dialect.rms_norm.default)
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default)
+THRESHOLDS = "features are compared with thresholds, which hold in the plain basis only"
 
 
 def infer(program: Program, plain_linears: bool = False) -> list[Space]:
@@ -30,9 +31,17 @@ def infer(program: Program, plain_linears: bool = False) -> list[Space]:
 
 def _linear(inference: Inference, node: fx.Node) -> bool:
     a = arguments(node)
-    x, weight, bias = a["input"], a["weight"], a["bias"]
+    x, weight, bias = cast(fx.Node, node.args[0]), a["weight"], a["bias"]
     if not is_stored(weight) or value(weight).dim() != 2 or is_weight(x) or not _one_axis(bias):
         return False
+    _contract(inference, node, x, weight)
+    if inference.track(node, 1):
+        _write(inference, node, weight, bias)
+    return True
+
+
+def _contract(inference: Inference, node: fx.Node, x: fx.Node, weight: fx.Node) -> None:
+    """The layer takes x in the basis of the second axis of its weight."""
     if inference.plain_linears:
         inference.read(x, node, "a linear layer reads it")
     elif inference.end.get(x) == 1:
@@ -41,8 +50,27 @@ def _linear(inference: Inference, node: fx.Node) -> bool:
     else:
         inference.read(x, node, "a linear layer reads it")
         inference.stored(weight, [1], node, "a linear layer reads values without a basis")
-    if inference.track(node, 1):
-        _write(inference, node, weight, bias)
+
+
+def _sparse_glu(inference: Inference, node: fx.Node) -> bool:
+    """x may be in any basis; what the layer makes is compared with thresholds, feature by feature."""
+    a = arguments(node)
+    x, weight = a["x"], a["weight"]
+    if not is_stored(weight) or is_weight(x) or not _one_axis(a["bias"]):
+        return False
+    _contract(inference, node, x, weight)
+    inference.stored(weight, [0], node, THRESHOLDS)
+    for other in (a["bias"], a["gate"], a["thresholds"]):
+        if other is not None:
+            inference.read(other, node, THRESHOLDS)
+    inference.made(node, THRESHOLDS)
+    return True
+
+
+def _zero_small(inference: Inference, node: fx.Node) -> bool:
+    for operand in node.all_input_nodes:
+        inference.read(operand, node, THRESHOLDS)
+    inference.made(node, THRESHOLDS)
     return True
 
 
@@ -204,6 +232,9 @@ def _kv_update(inference: Inference, node: fx.Node) -> bool:
 
 RULES: dict[Any, Rule] = {
     aten.linear.default: _linear,
+    dialect.sparse_linear.default: _linear,
+    dialect.sparse_glu.default: _sparse_glu,
+    dialect.zero_small.default: _zero_small,
     aten.embedding.default: _embedding,
     **dict.fromkeys(CONVOLUTIONS, _convolution),
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor), _sum),

@@ -175,7 +175,7 @@ def _add_bias(program: Program, layer: fx.Node, shift: Tensor, made: dict[tuple[
         made[name] = program.weights.fresh(f"{name[0].removesuffix('weight')}bias.folded")
         program.weights[made[name]] = total.to(stored.dtype)
     entry = program.entry_of(layer)
-    layer.args = (*layer.args[:2], entry.bind("weight", made[name], program.weights[made[name]]))
+    layer.args = (*layer.args[:2], entry.bind("weight", made[name], program.weights[made[name]]), *layer.args[3:])
     layer.kwargs = {}
 
 

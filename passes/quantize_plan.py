@@ -15,6 +15,7 @@ from sylvester.compiler.calls import arguments
 from sylvester.compiler.changes import Changes, Refusal
 from sylvester.compiler.program import Entry, Program, binding, is_weight
 from sylvester.compiler.quantization import GRIDS, SMALLEST_GROUP
+from sylvester.compiler.sparse_ops import SPARSE
 
 aten = torch.ops.aten
 LINEAR, EMBEDDING = aten.linear.default, aten.embedding.default
@@ -76,15 +77,18 @@ def width(weights: int, activations: int, group: int) -> Width:
 
 @dataclass
 class Uses:
-    """Who reads a weight, in every entry: linear layers, embeddings, and the names of other ops."""
+    """Who reads a weight, in every entry: linear layers, embeddings, and the names of layers that skip parts of it and
+    of other ops.
+    """
 
     linears: list[tuple[Entry, fx.Node]] = field(default_factory=list)
     embeddings: list[tuple[Entry, fx.Node]] = field(default_factory=list)
+    skipping: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
-        if self.linears:
+        if self.linears or self.skipping:
             return "linear and embedding" if self.embeddings else "linear"
         return "embedding"
 
@@ -93,6 +97,8 @@ class Uses:
             self.linears.append((entry, user))
         elif user.target is EMBEDDING and _only_as(user, weight, "weight"):
             self.embeddings.append((entry, user))
+        elif user.target in SPARSE and _only_as(user, weight, "weight"):
+            self.skipping.append(f"%{user.name}")
         else:
             self.others.append(f"%{user.name}")
 
@@ -135,6 +141,7 @@ class Plan:
         choice = next((choice for pattern, choice in self.choices if _matches(names, pattern)), self.default)
         reasons = {
             "`skip` names it": any(_matches(names, pattern) for pattern in self.skip),
+            f"{', '.join(uses.skipping)} skips parts of it, which kernels do in float32": uses.skipping,
             f"{', '.join(uses.others)} reads the weight too": uses.others,
             "an embedding alone is left in float; `embeddings=True` rounds it": not (uses.linears or self.embeddings),
             f"the weight is {weight.dtype}{list(weight.shape)}, expected a float32 matrix": _no_matrix(weight),
@@ -192,7 +199,7 @@ def _uses(program: Program, changes: Changes) -> dict[str, Uses]:
             given: Any = arguments(node)["weight"]
             if not is_weight(given):
                 changes.refuse("linear", Refusal(f"the weight %{given.name} is computed, expected a stored one", node))
-    return {key: uses for key, uses in found.items() if uses.linears or uses.embeddings}
+    return {key: uses for key, uses in found.items() if uses.linears or uses.embeddings or uses.skipping}
 
 
 def _reads(program: Program) -> Iterator[tuple[Entry, fx.Node, fx.Node]]:

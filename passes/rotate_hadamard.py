@@ -28,6 +28,8 @@ from sylvester.passes.split_linears import SplitLinears
 
 aten = torch.ops.aten
 LINEAR = aten.linear.default
+SPARSE_LINEAR = torch.ops.sylvester.sparse_linear.default
+ZEROS = "a layer over it skips weights where thresholds left zeros, which a transform would fill"
 OUTLIERS = ("max/rms", "kurtosis")
 FLAGS = ("residual", "values", "ffn", "keys", "heads", "online")
 
@@ -140,6 +142,9 @@ class _Rotator:
 
     def _blocked(self, space: Space, conversions: Conversions, transforms: int, readers: int) -> Refusal | None:
         """Why a stream is not rotated as a whole."""
+        filled = next((layer for layer in _skipping(space) if layer.args[0] in conversions.nodes()), None)
+        if filled is not None:
+            return Refusal(ZEROS, filled)
         pin = next((pin for pin in space.pins if pin.node in conversions.nodes()), None)
         if pin and (not self.options.online or transforms >= readers):
             cost = f"the stream would take {transforms} transforms at run time, the inputs of its layers {readers}"
@@ -172,7 +177,10 @@ class _Rotator:
         keys = {node: {_key(layer) for layer in found} for node, found in space.reads.items()}
         weights = {key for found in keys.values() for key in found}
         shared = {key for key in weights if not layers.issuperset(self.program.users(key))}
-        left = dict(space.reads)
+        skipping = {_key(layer) for layer in _skipping(space)}
+        for node in (node for node in space.reads if keys[node] & skipping):
+            self.changes.refuse(role, Refusal(ZEROS, node))
+        left = {node: found for node, found in space.reads.items() if not keys[node] & skipping}
         while blocked := [node for node in left if node.target is HADAMARD or keys[node] & shared]:
             for node in blocked:
                 shared |= keys[node]
@@ -205,6 +213,11 @@ def _attention_roles(space: Space) -> set[str]:
         if argument is node
     }
     return {"values" if place == 2 else "keys" for place in places}
+
+
+def _skipping(space: Space) -> list[fx.Node]:
+    """The layers over values of the space that skip weights where such a value is 0."""
+    return [layer for found in space.reads.values() for layer in found if layer.target is SPARSE_LINEAR]
 
 
 def _fixed(space: Space, conversions: Conversions) -> Refusal | None:
