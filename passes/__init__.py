@@ -27,6 +27,7 @@ PASSES = {
     "share-basis": "sylvester.passes.share_basis:ShareBasis",
     "share-blocks": "sylvester.passes.share_blocks:ShareBlocks",
     "skip-layers": "sylvester.passes.skip_layers:SkipLayers",
+    "sparsify-activations": "sylvester.passes.sparsify_activations:SparsifyActivations",
     "split-linears": "sylvester.passes.split_linears:SplitLinears",
 }
 RECIPES = {
