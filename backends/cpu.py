@@ -14,7 +14,7 @@ from sylvester.backends.cpu_machine import CpuMachine
 from sylvester.backends.identity import identity
 from sylvester.backends.kernel_table import write_table
 from sylvester.backends.memory_plan import memory_plan
-from sylvester.backends.packed_weights import stored_tensors
+from sylvester.backends.resident import resident
 from sylvester.backends.signature import manifest
 from sylvester.backends.tensor_writer import write_tensors
 from sylvester.backends.toolchain import build_shared, find_compiler
@@ -50,10 +50,12 @@ class Cpu(Backend):
     def build(self, program: Program, target: Target, folder: Path, progress: Progress) -> Manifest:
         _require_float32(program)
         compiler = find_compiler(architecture=target.architecture)
-        compiled = compile_program(program)
+        lasting = resident(program)
+        compiled = compile_program(lasting.program)
         names = {entry: [use.name for use in uses] for entry, uses in compiled.weights.items()}
-        made, stored = manifest(program, target, weights=names), stored_tensors(program, compiled.weights)
-        plan = memory_plan(program, made, stored, compiled.unit.arenas)
+        stored, held = lasting.tensors(compiled.weights)
+        made = replace(manifest(program, target, weights=names), derived=lasting.derived(compiled.weights))
+        plan = memory_plan(program, made, stored | held, compiled.unit.arenas)
         progress(plan.notes()[0], 0, 1)
         isas = variants(compiled.unit.formats, target.architecture, target.isas)
         tuning = tune(compiled.problems, isas, target, compiler, seconds=target.tune, progress=progress)

@@ -19,13 +19,14 @@ from sylvester.backends.cpu_runtime import Array, Engine
 from sylvester.backends.identity import identity
 from sylvester.backends.kernel_table import read_table
 from sylvester.backends.memory_plan import memory_plan
-from sylvester.backends.packed_weights import stored_tensors
+from sylvester.backends.resident import resident
 from sylvester.backends.signature import manifest
 from sylvester.backends.toolchain import find_compiler
 from sylvester.backends.tuning import runnable
 from sylvester.backends.width_speed import linear_seconds
 from sylvester.codegen.compile import compile_program
 from sylvester.codegen.isa import Isa, variants
+from sylvester.codegen.layout import plain
 from sylvester.compiler import knobs
 from sylvester.compiler.cost import hint
 from sylvester.compiler.program import Program, binding, value
@@ -70,16 +71,17 @@ class CpuMachine(Machine):
             return found
 
     def footprint(self, program: Program) -> Footprint:
-        compiled = compile_program(program)
+        lasting = resident(program)
+        compiled = compile_program(lasting.program)
         names = {entry: [use.name for use in uses] for entry, uses in compiled.weights.items()}
-        stored = stored_tensors(program, compiled.weights)
-        plan = memory_plan(
-            program, manifest(program, self.target, weights=names), stored, compiled.unit.arenas
-        )
+        stored, held = lasting.tensors(compiled.weights)
+        made = manifest(program, self.target, weights=names)
+        plan = memory_plan(program, made, stored | held, compiled.unit.arenas)
         layouts = {layout.name: layout for uses in compiled.weights.values() for layout in uses}
         by_keys: dict[tuple[str, ...], int] = {}
         for name, tensor in stored.items():
-            keys = tuple(key for key in (*layouts[name].keys, *layouts[name].scales) if key)
+            layout = layouts.get(name, plain(name))
+            keys = tuple(key for key in (*layout.keys, *layout.scales) if key)
             by_keys[keys] = by_keys.get(keys, 0) + tensor.nbytes
         return Footprint(by_keys, plan.longest_running, plan.state)
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sylvester.backends.cpu_library import Doubles, Library, choose
+from sylvester.backends.derived import stored_names, with_derived
 from sylvester.backends.memory import aligned, aligned_empty, aligned_zeros
 from sylvester.backends.tensor_file import TensorFile
 from sylvester.compiler import binding, knobs
@@ -110,7 +111,7 @@ class Engine:
         with self._reading:
             if self._file is not None:
                 self._file.read()
-                self._weights, self._file = self._file.arrays, None
+                self._weights, self._file = with_derived(self.manifest, self._file.arrays), None
         return self._weights
 
     def close(self) -> None:
@@ -245,7 +246,7 @@ def _out_of_range(value: int, holders: Sequence[TensorSpec], spec: EntrySpec) ->
 
 
 def _open_weights(folder: Path, manifest: Manifest) -> TensorFile | None:
-    used = {name for entry in manifest.entries.values() for name in entry.weights}
+    used = stored_names(manifest)
     if not used:
         return None
     file = TensorFile(folder / WEIGHTS)

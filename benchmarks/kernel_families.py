@@ -16,7 +16,7 @@ import torch
 
 from sylvester.codegen.conv2d import Conv2d
 from sylvester.codegen.isa import ISAS, Isa
-from sylvester.codegen.linear import pack
+from sylvester.codegen.panels import pack_f32 as pack
 from tests import test_kernels_attention as attention
 from tests import test_kernels_gemm as gemm
 from tests.kernel_harness import bind, export, load, strides, supported, team

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sylvester.codegen import bfloat16, panels, quantized
 from sylvester.codegen.isa import Isa
 from sylvester.codegen.layout import PANEL, Format, FormatName, Layout
-from sylvester.codegen.linear import pack
+from sylvester.codegen.panels import pack_f32
 from sylvester.codegen.prelude import render
 
 Array = NDArray[Any]
@@ -87,7 +87,7 @@ def _rows(parts: Sequence[Array], rows: slice) -> Array:
 
 def _pack(form: Format, weight: Array, scales: Array | None) -> Array:
     if form.name == "f32":
-        return pack(weight)
+        return pack_f32(weight)
     if form.name == "bf16":
         return bfloat16.pack_bf16(weight).view(np.uint8)
     assert scales is not None, "low-bit weights have scales"

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from hashlib import sha1
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from sylvester.codegen.epilogue import Finish, finish
 from sylvester.codegen.hadamard import row_call, row_header
 from sylvester.codegen.index import Index, index
-from sylvester.codegen.layout import F32, PANEL, Format
+from sylvester.codegen.layout import F32, Format
 from sylvester.codegen.lazy import Arithmetic, Buffer, Extern, Linear, Pointer, RowNorm
 from sylvester.codegen.prelude import render
 
@@ -137,14 +133,3 @@ def record_bytes(form: Format, k: int) -> int:
     whole = max(4 * (k + 4), 2 * -(-k // multiple) * multiple)
     groups = -(-k // form.group) if form.group else 1
     return (-(-whole // 64) * 64 + -(-4 * groups // 64) * 64 + 128) * form.records
-
-
-def pack(weight: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """[n, k] -> [ceil(n / 32), k, 32], the last panel padded with zeros."""
-    if weight.ndim != 2:
-        raise ValueError(f"a linear weight has 2 axes, got shape {weight.shape}")
-    n, k = weight.shape
-    panels = -(-n // PANEL)
-    padded = np.zeros((panels * PANEL, k), np.float32)
-    padded[:n] = weight
-    return np.ascontiguousarray(padded.reshape(panels, PANEL, k).transpose(0, 2, 1))

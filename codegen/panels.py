@@ -1,6 +1,8 @@
-"""Stored int8, int4 and int3 weights -> the panels that codegen/quantized.py describes."""
+"""Stored weights -> panels of 32 rows: float32, and int8, int4 and int3 as codegen/quantized.py describes."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +12,16 @@ from sylvester.codegen.quantized import Bytes, group_of
 
 Scales = npt.NDArray[np.float32]
 HALF = PANEL // 2
+
+
+def pack_f32(weight: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """[n, k] -> [ceil(n / 32), k, 32], the last panel padded with zeros."""
+    if weight.ndim != 2:
+        raise ValueError(f"a linear weight has 2 axes, got shape {weight.shape}")
+    n, k = weight.shape
+    padded = np.zeros((_panels(n) * PANEL, k), np.float32)
+    padded[:n] = weight
+    return np.ascontiguousarray(padded.reshape(-1, PANEL, k).transpose(0, 2, 1))
 
 
 def pack_q8(weight: npt.NDArray[np.int8], scales: Scales) -> Bytes:

@@ -59,6 +59,29 @@ class SlotSpec:
 
 
 @dataclass(frozen=True)
+class SumSpec:
+    """A weight [n, k]: a stored one, or sum over s of coefficients[s] atoms[s], plus left right if there are any."""
+
+    weight: str = ""
+    atoms: str = ""
+    coefficients: str = ""
+    left: str = ""
+    right: str = ""
+
+
+@dataclass(frozen=True)
+class DerivedSpec:
+    """A tensor that is made when the artefact is loaded: weights as they are, or in panels as linear layers read them.
+
+    With `ways` > 1 the panels of the weights take turns.
+    """
+
+    parts: tuple[SumSpec, ...]
+    panels: bool = True
+    ways: int = 1
+
+
+@dataclass(frozen=True)
 class FileSpec:
     sha256: str
     bytes: int
@@ -95,6 +118,8 @@ class Manifest:
     threads: int = 0
     arch: str = ""
     """The architecture of the native code; empty: there is none, or any."""
+    derived: dict[str, DerivedSpec] = field(default_factory=dict)
+    """Weights of entries that no file holds."""
 
     @property
     def main(self) -> str:

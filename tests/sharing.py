@@ -12,7 +12,7 @@ import sylvester as sv
 from sylvester.compiler.calibration import Calibration
 from sylvester.compiler.program import Program
 
-WIDTH, HIDDEN, BLOCKS = 16, 24, 4
+WIDTH, HIDDEN, BLOCKS = 32, 64, 4
 
 
 class Block(nn.Module):
@@ -42,7 +42,7 @@ class Tower(nn.Module):
             for parameters in zip(*(block.parameters() for block in self.blocks), strict=True):
                 common = torch.randn_like(parameters[0])
                 for p in parameters:
-                    p.copy_(0.2 * (common + 0.5 * torch.randn_like(p)))
+                    p.copy_(0.08 * (common + 0.5 * torch.randn_like(p)))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:

