@@ -48,5 +48,6 @@ def derive(spec: DerivedSpec, stored: Mapping[str, Array]) -> Array:
 def _sum(part: SumSpec, stored: Mapping[str, Array]) -> NDArray[Any]:
     if part.weight:
         return stored[part.weight]
-    total: NDArray[Any] = np.tensordot(stored[part.coefficients], stored[part.atoms], 1)
-    return total + stored[part.left] @ stored[part.right] if part.left else total
+    coefficients, atoms, *factors = (stored[name].view(np.float32) for name in sources_of(part))
+    total: NDArray[Any] = np.tensordot(coefficients, atoms, 1)
+    return total + factors[0] @ factors[1] if factors else total

@@ -86,15 +86,17 @@ class Whitening:
         """W L -> W."""
         if self.factor is None:
             return weight
-        flat = torch.linalg.solve_triangular(self.factor, weight.flatten(0, -2), upper=False, left=False)
+        flat: Tensor = torch.linalg.solve_triangular(self.factor, weight.flatten(0, -2), upper=False, left=False)
         return flat.reshape(weight.shape)
 
 
 def _factor(gram: Tensor) -> Tensor:
     """The lower factor; where A is not positive definite, of A + (floor - least eigenvalue) I."""
+    found: Tensor
     found, failed = torch.linalg.cholesky_ex(gram)
     if not failed and float(found.diagonal().min()) ** 2 > FLOOR * 1e-6 * float(gram.diagonal().mean()):
         return found
     least = float(torch.linalg.eigvalsh(gram)[0])
     ridge = max(-least, 0.0) + FLOOR * (float(gram.diagonal().mean()) or 1.0)
-    return torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
+    found = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
+    return found

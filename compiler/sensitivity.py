@@ -44,7 +44,7 @@ def _gradients(
         model = language_model(program)
         loss = _mixed(outputs, random) if model is None else _next_token_loss(model, outputs, sample)
         if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
     probes = watch.probes.items()
     return {layer: 0.0 if p.grad is None else float(p.grad.double().square().mean()) for layer, p in probes}
 

@@ -52,5 +52,5 @@ def combine(
     """
     if (left is None) != (right is None):
         raise ValueError("combine takes both low-rank factors or none")
-    total = torch.tensordot(coefficients, atoms, 1)
+    total: Tensor = torch.tensordot(coefficients, atoms, 1)
     return total if left is None or right is None else total + left @ right

@@ -78,7 +78,7 @@ def allocate(gains: Sequence[Tensor], costs: Sequence[int], budget: int) -> list
     order = order[rates[order] > 0]
     spent = torch.tensor(costs)[owners[order]].cumsum(0)
     chosen = owners[order[spent <= budget]]
-    return torch.bincount(chosen, minlength=len(gains)).tolist()  # type: ignore[no-any-return]
+    return torch.bincount(chosen, minlength=len(gains)).tolist()
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Refined:
 
     def weight(self, atoms: Tensor) -> Tensor:
         """The matrix [n, k] that the parts stand for."""
-        total = torch.tensordot(self.coefficients.double(), atoms.double(), 1)
+        total: Tensor = torch.tensordot(self.coefficients.double(), atoms.double(), 1)
         return total if self.factors is None else total + self.factors[0].double() @ self.factors[1].double()
 
 
@@ -150,5 +150,5 @@ def _residual(program: Program, group: Shared, layer: Refined) -> Tensor:
 
 def _gains(program: Program, group: Shared, layer: Refined) -> Tensor:
     """What each direction of the whitened residual takes off the weighed error, falling."""
-    whitened = layer.member.whitening.apply(_residual(program, group, layer))
-    return layer.member.weight * torch.linalg.svdvals(whitened).square()
+    values: Tensor = torch.linalg.svdvals(layer.member.whitening.apply(_residual(program, group, layer)))
+    return layer.member.weight * values.square()

@@ -149,7 +149,8 @@ def shared_basis(weights: Sequence[Tensor], gram: Tensor | None, rank: int) -> t
 def fitted(weight: Tensor, basis: Tensor, gram: Tensor) -> Tensor:
     """C = W A B^T (B A B^T)^-1: the least squared error on inputs with E[x x^T] = A, for a basis that is given."""
     wide = basis.double() @ gram
-    return torch.linalg.lstsq(wide @ basis.double().T, wide @ weight.double().T).solution.T
+    found: Tensor = torch.linalg.lstsq(wide @ basis.double().T, wide @ weight.double().T).solution
+    return found.T
 
 
 def _replace(program: Program, layer: Layer, basis: str, own: str) -> fx.Node:

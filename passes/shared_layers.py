@@ -83,7 +83,8 @@ def find_series(program: Program, kinds: Sequence[str], changes: Changes) -> lis
         program.sweep()
         if split.applied:
             changes.note("weights that hold several layers were split, each part has one of its own")
-    found, first = [], 0
+    found: list[Series] = []
+    first = 0
     for stack in stacks(program):
         for place in range(min(len(block.parts) for block in stack.blocks)):
             found += _series(program, stack, first, place, kinds, changes)
