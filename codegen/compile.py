@@ -25,12 +25,14 @@ from sylvester.codegen import (
     low_bit,
     pooling,
     rotations,
+    skipping,
+    sparse_layers,
 )
 from sylvester.codegen.epilogue import fuse_epilogues
 from sylvester.codegen.fusions import fusions
 from sylvester.codegen.index import Size, Var, atom, flatten, product
 from sylvester.codegen.layout import Layout
-from sylvester.codegen.lazy import Buffer, Linear, Plan, Store
+from sylvester.codegen.lazy import Buffer, Extern, Linear, Plan, Store
 from sylvester.codegen.linear import linear_extern
 from sylvester.codegen.linear_groups import linear_groups
 from sylvester.codegen.linears import lower_group, stored_weight
@@ -41,12 +43,14 @@ from sylvester.codegen.reads import step_reads
 from sylvester.codegen.scalar import Load
 from sylvester.codegen.shapes import size
 from sylvester.codegen.space import Problem
+from sylvester.codegen.sparse_layers import strided_layouts
 from sylvester.compiler.ledger import Fusion
 from sylvester.compiler.program import Entry, Program, value
 
 REGISTERED = (
     aten_activations, aten_factories, aten_indexing, aten_norms, aten_pointwise, aten_reductions, aten_views,
     attention_calls, combined, convolution, dialect, families, linears, low_bit, pooling, rotations,
+    skipping, sparse_layers,
 )  # fmt: skip
 """Every module whose import registers lowerings."""
 
@@ -85,6 +89,7 @@ def plans(program: Program) -> dict[str, Plan]:
     require_lowerings(program.entries.values())
     groups = linear_groups(program)
     single = {g.weights[0]: stored_weight(g) for found in groups.values() for g in found.values() if len(g.nodes) == 1}
+    single |= strided_layouts(program)
     return {
         name: Lowering(name, program, entry, StoredLayers(groups[name], single, lower_group)).run()
         for name, entry in program.entries.items()
@@ -95,9 +100,13 @@ def fuse(plan: Plan, hints: Mapping[Size, int]) -> list[Fusion]:
     """Put elementwise work into the kernels of linear layers, make those calls, and say what they now hold."""
     plan.steps = fuse_epilogues(plan)
     found = fusions(plan, hints)
-    plan.steps = [linear_extern(s, plan.buffers) if isinstance(s, Linear) else s for s in plan.steps]
+    plan.steps = [_call(s, plan) if isinstance(s, Linear) else s for s in plan.steps]
     _drop_unread(plan)
     return found
+
+
+def _call(step: Linear, plan: Plan) -> Extern:
+    return replace(linear_extern(step, plan.buffers), guard=step.guard)
 
 
 def _drop_unread(plan: Plan) -> None:

@@ -39,7 +39,9 @@ def fuse_epilogues(plan: Plan) -> list[Step]:
     for number, step in enumerate(plan.steps):
         at = _only_reader(plan, step, readers)
         store = None if at is None else plan.steps[at]
-        if at is None or not isinstance(store, Store) or _overtaken(plan.steps, number, at, store):
+        if at is None or not isinstance(store, Store) or store.guard != step.guard:
+            continue
+        if _overtaken(plan.steps, number, at, store):
             continue
         joined = _with_epilogue(plan, step, store)
         if joined is not None:

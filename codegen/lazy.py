@@ -22,7 +22,7 @@ POSITION = Size("position")
 
 @dataclass(frozen=True)
 class Buffer:
-    """Contiguous row-major memory, or a stored weight in panels: float32 [n, k] as ceil(n / 32) panels [k][32]."""
+    """Contiguous row-major memory, or a stored weight: float32 [n, k] as ceil(n / 32) panels [k][32], or transposed."""
 
     name: str
     shape: Shape
@@ -37,12 +37,15 @@ class Buffer:
 
     @property
     def packed(self) -> bool:
-        return self.layout is not None and self.layout.kind == "panels"
+        """Whether a stored weight lies otherwise than row-major."""
+        return self.layout is not None and self.layout.kind in ("panels", "columns")
 
     def offset(self, indices: Indices) -> Index:
         if not self.packed:
             return flatten(indices, self.shape)
         row, column = indices
+        if self.layout is not None and self.layout.kind == "columns":
+            return column * ((self.shape[0] + PANEL - 1) // PANEL * PANEL) + row
         return (row // PANEL * self.shape[1] + column) * PANEL + row % PANEL
 
 
@@ -125,7 +128,10 @@ def as_strided(tensor: Lazy) -> Strided | None:
 
 @dataclass(frozen=True)
 class Store:
-    """buffer[place(i)] = make(i) for every i in `shape`; `label`: the node it is for and its module, or several."""
+    """buffer[place(i)] = make(i) for every i in `shape`; `label`: the node it is for and its module, or several.
+
+    `guard` of any step: the buffer of the flag [1] that must be above 0 for it to run.
+    """
 
     buffer: str
     shape: Shape
@@ -133,6 +139,7 @@ class Store:
     make: Callable[[Indices], Expr]
     place: Callable[[Indices], Index]
     label: str = ""
+    guard: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,7 @@ class Reduce:
     kind: ReduceKind
     make: Callable[[Indices, Indices], Expr]
     label: str = ""
+    guard: str = ""
 
 
 @dataclass(frozen=True)
@@ -183,6 +191,7 @@ class Extern:
     finished: Callable[[Store], Extern] | None = field(default=None, compare=False)
     """The same call with elementwise work on its only result in it: the step that alone reads the result."""
     label: str = ""
+    guard: str = ""
 
 
 @dataclass(frozen=True)
@@ -212,6 +221,7 @@ class Linear:
     """Linear layers of the graph that this is."""
     epilogue: Store | None = None
     label: str = ""
+    guard: str = ""
 
 
 Step = Store | Reduce | Extern | Linear

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
+from sylvester.codegen.branches import Opened, branches, close_branch, open_branch
 from sylvester.codegen.index import Index, Size, index
 from sylvester.codegen.layout import Layout, plain
 from sylvester.codegen.lazy import (
@@ -87,6 +88,8 @@ class Lowering:
         self.values: dict[fx.Node, Any] = {}
         self._stored: dict[str, Buffer] = {}
         self._names = itertools.count()
+        self.branches = branches(entry)
+        self.opened: dict[fx.Node, Opened] = {}
 
     def run(self) -> Plan:
         require_lowerings([self.entry])
@@ -102,6 +105,27 @@ class Lowering:
         return self.plan
 
     def _lower(self, node: fx.Node) -> None:
+        end = self.branches.get(node)
+        if end is None:
+            self._lower_plainly(node)
+        else:
+            self._lower_guarded(node, end)
+
+    def _lower_guarded(self, node: fx.Node, end: fx.Node) -> None:
+        """The steps of a node of a branch depend on its flag; nodes outside keep what they had become before."""
+        inside = {n for n, of in self.branches.items() if of is end}
+        if end not in self.opened:
+            self.opened[end] = open_branch(self, end, inside)
+        opened, before, outside = self.opened[end], len(self.plan.steps), dict(self.values)
+        if node is end:
+            self.values[node] = close_branch(self, opened, self.value_of(node.args[1]))  # type: ignore[arg-type]
+            self._label(before, origin(node))
+        else:
+            self._lower_plainly(node)
+        self.values |= {n: known for n, known in outside.items() if n not in inside}
+        self.plan.steps[before:] = [replace(step, guard=opened.flag) for step in self.plan.steps[before:]]
+
+    def _lower_plainly(self, node: fx.Node) -> None:
         before = len(self.plan.steps)
         if node in self.layers.groups:
             self.values |= self.layers.lower(self, self.layers.groups[node])

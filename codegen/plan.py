@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from sylvester.codegen.attention import attention_header, records_header
 from sylvester.codegen.costs import Cost, cost
@@ -114,7 +115,7 @@ class _Entry:
         for name, n in self.slot_of.items():
             kind = C_TYPES[self.plan.buffers[name].dtype]
             lines.append(f"  {kind} *{name} = ({kind} *)(arena + o{n});")
-        lines += [self._step(n, kernel) for n, kernel in enumerate(self.kernels)]
+        lines += self._steps()
         parts = ["\n".join([*lines, "}"]), self._arena(), self._shapes(), self._costs(), self._profile(), self._run()]
         return "\n\n".join(parts)
 
@@ -183,6 +184,17 @@ class _Entry:
         """Multiply-adds, or scalar operations, of all kernels."""
         kernels = enumerate(self.kernels)
         return sum_of(k.step.work if isinstance(k, ExternCall) else self.loops[n].work for n, k in kernels)
+
+    def _steps(self) -> Iterator[str]:
+        """Every kernel in order; neighbours of one branch are run together, or not at all."""
+        for guard, run in groupby(enumerate(self.kernels), key=lambda item: item[1].guard):
+            steps = [(number, self._step(number, kernel)) for number, kernel in run]
+            if guard:
+                writer = max(n for n, kernel in enumerate(self.kernels) if guard in kernel.writes)
+                yield f"  SV_MEET({steps[0][0]}, {writer});\n  if ({guard}[0] > 0) {{"
+            yield from (text for _, text in steps)
+            if guard:
+                yield "  }"
 
     def _step(self, number: int, kernel: Kernel) -> str:
         if isinstance(kernel, ExternCall):

@@ -31,7 +31,11 @@ def step_writes(step: Step) -> set[str]:
 
 
 def step_reads(step: Step) -> set[str]:
-    """Buffers a step reads."""
+    """Buffers a step reads, the flag of its branch among them."""
+    return _operands(step) | ({step.guard} if step.guard else set())
+
+
+def _operands(step: Step) -> set[str]:
     if isinstance(step, Extern):
         return set(step.reads)
     if isinstance(step, Linear):

@@ -37,9 +37,10 @@ class Member:
 
 @dataclass
 class LoopNest:
-    """Members run one after another inside each row of `rows`; rows are independent."""
+    """Members run one after another inside each row of `rows`; rows are independent. All are in the branch `guard`."""
 
     rows: Shape
+    guard: str = ""
     members: list[Member] = field(default_factory=list)
     reads: set[str] = field(default_factory=set)
     writes: set[str] = field(default_factory=set)
@@ -59,8 +60,12 @@ class ExternCall:
     step: Extern
 
     @property
+    def guard(self) -> str:
+        return self.step.guard
+
+    @property
     def reads(self) -> set[str]:
-        return set(self.step.reads)
+        return {*self.step.reads, *([self.guard] if self.guard else [])}
 
     @property
     def writes(self) -> set[str]:
@@ -86,7 +91,7 @@ def _alone(step: Step) -> Kernel:
     if isinstance(step, Extern):
         return ExternCall(step)
     assert not isinstance(step, Linear), "linear steps become calls before they are scheduled"
-    nest = LoopNest(_own_rows(step))
+    nest = LoopNest(_own_rows(step), step.guard, reads={step.guard} if step.guard else set())
     member = _as_member(step, nest.rows)
     assert member is not None
     nest.add(member)
@@ -119,6 +124,8 @@ def _fitted(nest: LoopNest, alone: LoopNest) -> Member | None:
     """The step as a member of the nest, when they share a buffer and its rows read no other row of the nest."""
     related = (alone.reads | alone.writes) & (nest.reads | nest.writes)
     if not related or len(nest.members) >= MAX_MEMBERS or alone.writes & (nest.reads | nest.writes):
+        return None
+    if nest.guard != alone.guard:
         return None
     member = _as_member(alone.members[0].step, nest.rows)
     if member is None:

@@ -267,4 +267,5 @@ def kv_update(cache: Tensor, new: Tensor, past: Tensor) -> Tensor:
     return cache.index_copy(2, past + torch.arange(new.shape[2], device=new.device), new.to(cache.dtype))
 
 
-from sylvester.compiler import cache_ops, quantized_ops, shared_ops  # noqa: E402, F401  (declare their ops with `op` above)
+# These declare their ops with `op` above.
+from sylvester.compiler import cache_ops, quantized_ops, shared_ops, skip_ops, sparse_ops  # noqa: E402, F401

@@ -66,13 +66,13 @@ def bypass(entry: Entry, start: fx.Node, end: fx.Node) -> Region:
 
 def drop_addend(entry: Entry, end: fx.Node, addend: fx.Node) -> None:
     """The sum at `end` goes on without `addend`: x + f(x) -> x. The next sweep erases what nothing reads."""
-    total, other = _sum_of(end, addend)
+    total, other = sum_of(end, addend)
     if fact(other) != fact(total):
         raise CompileError(f"the sum without %{addend.name} is {fact(other)}, expected {fact(total)}", at=total)
     entry.replace(total, other)
 
 
-def _sum_of(end: fx.Node, addend: fx.Node) -> tuple[fx.Node, fx.Node]:
+def sum_of(end: fx.Node, addend: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The addition or subtraction up to `end` that reads `addend`, and its other operand."""
     for user in addend.users:
         other = user.args[1] if user.args[0] is addend else user.args[0]

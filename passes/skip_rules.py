@@ -1,4 +1,4 @@
-"""Which layers are kept: by position alone (Unified Layer Skipping, Liu et al., 2024; evenly spread) or by similarity."""
+"""Which layers are kept: by position alone (Unified Layer Skipping, Liu et al., 2024, or evenly) or by similarity."""
 
 from __future__ import annotations
 
