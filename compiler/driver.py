@@ -195,7 +195,7 @@ def _searched(budget: Budget | str | Mapping[str, Any] | None, calibration: obje
         raise CompileError(
             f"a {wanted} is kept by measuring on calibration data, and there is none", hint="compile(..., calibration=texts)"
         )
-    return (registry.resolve(SEARCH)(wanted),)
+    return (registry.resolve(SEARCH)(budget=wanted),)
 
 
 def _refuse_untaken(**options: object) -> None:

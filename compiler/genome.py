@@ -10,9 +10,10 @@ import torch
 from torch import fx
 
 from sylvester.compiler.calls import arguments
-from sylvester.compiler.changes import Refusal
+from sylvester.compiler.dataflow import Segment
+from sylvester.compiler.layers import find_layers
+from sylvester.compiler.parts import Part
 from sylvester.compiler.program import Program, binding, is_weight
-from sylvester.compiler.structure import Block, discover
 
 aten = torch.ops.aten
 LINEAR, EMBEDDING = aten.linear.default, aten.embedding.default
@@ -46,8 +47,9 @@ class Site:
 class Genome:
     """One choice for every site.
 
-    `outer`: bits of the sites outside of blocks. `parts`: per block the bits of its sites, `DROPPED` for none. `shares`:
-    per block 0 for weights of its own, or d for those of block i - d, whose bits are then its own.
+    `outer`: bits of the sites outside of blocks. `parts`: per block the bits of its sites, `DROPPED` for none.
+    `shares`: per block 0 for weights of its own, or d for those of block i - d, whose bits are then its own.
+    `world`: which of the programs that compute the same is meant.
     """
 
     outer: tuple[int, ...]
@@ -64,9 +66,7 @@ class Genome:
 
     def __str__(self) -> str:
         """Identifies it, such as "0|8|8.4 0.8 <1"; the last block reads the weights of the one before."""
-        blocks = (
-            f"<{d}" if d else ".".join(map(str, bits)) for bits, d in zip(self.parts, self.shares, strict=True)
-        )
+        blocks = (f"<{d}" if d else ".".join(map(str, bits)) for bits, d in zip(self.parts, self.shares, strict=True))
         return f"{self.world}|{'.'.join(map(str, self.outer))}|{' '.join(blocks)}"
 
     @staticmethod
@@ -79,6 +79,36 @@ class Genome:
             shares.append(int(block[1:]) if block.startswith("<") else 0)
             parts.append(parts[-shares[-1]] if shares[-1] else tuple(map(int, block.split("."))))
         return Genome(tuple(int(b) for b in outer.split(".") if b), tuple(parts), tuple(shares), int(world))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A layer of the main entry; `place` in its stack."""
+
+    place: int
+    parts: tuple[Part, ...]
+    segments: tuple[Segment, ...]
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        return tuple(node for segment in self.segments for node in segment.nodes)
+
+    @property
+    def end(self) -> fx.Node:
+        return self.segments[-1].end
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(part.kind for part in self.parts))
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Weight keys in an order that corresponds between blocks of one form."""
+        return tuple(binding(node).key for segment in self.segments for node in segment.parameters)
+
+    @property
+    def form(self) -> tuple[str, ...]:
+        return tuple(segment.digest for segment in self.segments)
 
 
 @dataclass(frozen=True)
@@ -108,23 +138,26 @@ class Sites:
         return found
 
     def shareable(self, block: int, distance: int) -> bool:
-        """Whether a block may read the linear weights of the one `distance` before: equal copies in one run."""
+        """Whether a block may read the linear weights of the one `distance` before: equal layers of one stack."""
         if block < distance or len(self.inner[block]) != len(self.inner[block - distance]):
             return False
         here, there = self.blocks[block], self.blocks[block - distance]
-        same = [segment.digest for segment in here.segments] == [segment.digest for segment in there.segments]
-        return same and len(here.parameters) == len(there.parameters)
+        return here.form == there.form and here.place == there.place + distance
 
 
-def find_sites(program: Program) -> Sites | Refusal:
-    """Sites of the main entry, by structure; refused where nothing repeats."""
-    name = next(name for name, entry in program.entries.items() if entry is program.main)
-    blocks = discover(program, name).blocks
-    if not blocks:
-        return Refusal("the model has no repeated blocks that add to a residual stream")
+def find_sites(program: Program) -> Sites:
+    """Sites of the main entry, by structure; `CompileError` where nothing repeats."""
+    blocks = tuple(
+        Block(
+            layer.place,
+            tuple(part for part, _ in layer.main.parts),
+            tuple({segment.end: segment for _, segment in layer.main.parts}.values()),
+        )
+        for layer in find_layers(program)
+    )
     place = _places(blocks)
     found: dict[tuple[int, str], dict[str, None]] = {
-        (i, kind): {} for i, block in enumerate(blocks) for kind in dict.fromkeys(block.kinds)
+        (i, kind): {} for i, block in enumerate(blocks) for kind in block.kinds
     }
     owner: dict[str, tuple[int, str]] = {}
     held: set[tuple[int, str]] = set()
@@ -137,7 +170,7 @@ def find_sites(program: Program) -> Sites | Refusal:
             found.setdefault(at, {})[key] = None
         else:
             held.add(owner[key])
-    sites = {at: Site(*at, tuple(keys), at in held) for at, keys in found.items()}
+    sites = {at: Site(*at, tuple(keys), at in held) for at, keys in found.items() if keys or at[1] in DROPPABLE}
     inner = tuple(tuple(site for at, site in sites.items() if at[0] == i) for i in range(len(blocks)))
     outer = tuple(site for at, site in sorted(sites.items()) if at[0] < 0)
     return Sites(outer, inner, blocks)

@@ -24,8 +24,8 @@ from sylvester.compiler.program import Program, binding, is_weight
 from sylvester.compiler.walk import empty_cache, needed_by
 
 Values = dict[fx.Node, Any]
-Weights = Callable[[str, int], Tensor]
-"""Key and bits -> the float weight that the rounded one stands for."""
+Weights = Callable[[str, int], Tensor | None]
+"""Key and bits -> the float weight that the rounded one stands for; None where it stays as it is."""
 ROW_BITS = 8
 """Bits of the rows of x that whole numbers meet."""
 
@@ -217,26 +217,26 @@ class _Run:
     def _linear(self, node: fx.Node) -> Tensor:
         given = arguments(node)
         bias = None if given["bias"] is None else self._value(given["bias"])
-        bits = self._width(given["weight"])
+        weight, bits = self._weight(given["weight"])
         if bits == FLOAT:
-            return F.linear(self._value(given["input"]), self._value(given["weight"]), bias)
-        weight = self.net.weights(self._key(given["weight"]), bits)
+            return F.linear(self._value(given["input"]), weight, bias)
         return F.linear(self._rows(given["input"], whole=bits <= ROW_BITS), weight, bias)
 
     def _embedding(self, node: fx.Node) -> Tensor:
         given = arguments(node)
-        bits = self._width(given["weight"])
-        table = self._value(given["weight"]) if bits == FLOAT else self.net.weights(self._key(given["weight"]), bits)
-        return F.embedding(self._value(given["indices"]), table)
+        return F.embedding(self._value(given["indices"]), self._weight(given["weight"])[0])
+
+    def _weight(self, node: fx.Node) -> tuple[Tensor, int]:
+        """What is read for a weight, and its bits."""
+        bits = self.bits.get(self._key(node), FLOAT) if is_weight(node) else FLOAT
+        rounded = self.net.weights(self._key(node), bits) if bits != FLOAT else None
+        return (self._value(node), FLOAT) if rounded is None else (rounded, bits)
 
     def _rows(self, node: fx.Node, whole: bool) -> Tensor:
         if (node, whole) not in self.rounded:
             x = self._value(node)
             self.rounded[node, whole] = rounded_rows(x, ROW_BITS) if whole else x.bfloat16().to(x.dtype)
         return self.rounded[node, whole]
-
-    def _width(self, weight: fx.Node) -> int:
-        return self.bits.get(self._key(weight), FLOAT) if is_weight(weight) else FLOAT
 
     def _key(self, node: fx.Node) -> str:
         key = binding(node).key

@@ -1,0 +1,147 @@
+"""The chosen model really rewritten, beside what was predicted; the Pareto front; facts for the report."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from sylvester.compiler import quality
+from sylvester.compiler.genome import DROPPED, FLOAT, Genome
+from sylvester.compiler.pipeline import Pass, Pipeline
+from sylvester.compiler.program import Program
+from sylvester.compiler.progress import report
+from sylvester.compiler.recipe import Machine
+from sylvester.passes.search_costs import DECODE, alone
+from sylvester.passes.search_goal import Goal
+from sylvester.passes.search_milp import minimise
+from sylvester.passes.search_solve import KL, PERPLEXITY
+from sylvester.passes.search_table import used
+
+POINTS = 8
+"""Budgets of the front."""
+CHEAPEST = 0.6
+"""The least budget of the front, as a share of what the narrowest weights cost."""
+NAMES = {FLOAT: "float", 16: "bf16", 8: "int8", 4: "int4", 3: "int3", DROPPED: "dropped"}
+CLOSE = 0.1
+"""Share by which a measured time may miss what was predicted."""
+
+
+@dataclass
+class Result:
+    """`predicted` by the table and by the whole model unrewritten, `found` of what was built, by field of a budget.
+
+    `over` has the bounds that are broken, as measured / bound.
+    """
+
+    genome: Genome
+    passes: tuple[Pass, ...]
+    predicted: dict[str, float]
+    found: dict[str, float]
+    over: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @staticmethod
+    def measured(
+        goal: Goal, genome: Genome, passes: tuple[Pass, ...], program: Program, machine: Machine | None
+    ) -> Result:
+        report("rewrite and measure", 0, 1)
+        loss = goal.judge.loss(genome)
+        predicted = dict(used(goal.table.costs(genome))) | {KL: loss.score, PERPLEXITY: math.expm1(loss.rise)}
+        made = Pipeline(passes, check=False)(program)
+        compared = quality.compare(program, made, goal.judge.samples)
+        found = {KL: compared.kl, PERPLEXITY: compared.perplexity / compared.perplexity_before - 1}
+        if machine is None:
+            found |= {"size": float(made.weights.nbytes)}
+        else:
+            footprint = machine.footprint(made)
+            found |= {"size": float(footprint.size), "memory": float(footprint.running)}
+        if goal.table.timed and machine is not None:
+            found["latency"] = machine.steps([alone(made)], DECODE, goal.table.context)[0].seconds
+        bounds = goal.budget.bounds
+        over = {name: found[name] / bound for name, bound in bounds.items() if bound and found.get(name, 0.0) > bound}
+        report("rewrite and measure", 1, 1)
+        return Result(genome, passes, predicted, found, over)
+
+
+def notes(goal: Goal, result: Result) -> tuple[str, ...]:
+    """For the ledger."""
+    chosen = ", ".join(map(str, result.passes))
+    found, predicted = result.found, result.predicted
+    told = [
+        f"search: {goal.budget} is kept by {chosen}",
+        f"search: KL {goal.table.loss(result.genome).score:.3g} by single changes, {predicted[KL]:.3g} of the whole "
+        f"model, {found[KL]:.3g} after rewriting; perplexity {found[PERPLEXITY]:+.2%}",
+        f"search: {predicted['size'] / 1e6:.3f} MB predicted, {found['size'] / 1e6:.3f} MB stored",
+    ]
+    told += [_timing(found["latency"], predicted["latency"])] if "latency" in found else []
+    told += [f"search: {name} is over its bound by {share - 1:.1%}" for name, share in result.over.items()]
+    reused = f", {goal.judge.notebook.reused} known before" if goal.judge.notebook.reused else ""
+    told.append(f"search: {goal.judge.evaluations} models scored{reused}, in {result.seconds:.0f} s")
+    return tuple(told)
+
+
+def _timing(found: float, predicted: float) -> str:
+    ratio = found / predicted - 1
+    off = f"{abs(ratio):.0%} {'more' if ratio > 0 else 'less'} than predicted"
+    told = f"search: a step takes {found * 1e3:.4g} ms, predicted {predicted * 1e3:.4g} ms"
+    return f"{told}: {'as predicted' if abs(ratio) <= CLOSE else off}"
+
+
+def facts(goal: Goal, result: Result) -> dict[str, object]:
+    """The part of report.json about the search."""
+    chosen = {
+        "genome": str(result.genome),
+        "predicted": result.predicted,
+        "measured": result.found,
+        "by single changes": goal.table.loss(result.genome).score,
+    }
+    return {
+        "budget": goal.budget.bounds,
+        "front": front(goal, result),
+        "chosen": chosen,
+        "layers": layers(goal, result.genome),
+        "seconds": result.seconds,
+        "evaluations": goal.judge.evaluations,
+        "table": goal.table.to_dict(),
+    }
+
+
+def layers(goal: Goal, genome: Genome) -> list[dict[str, str]]:
+    """What each block became, by kind of part."""
+    sites = goal.judge.worlds[genome.world].sites
+    told = []
+    for i, (group, bits, distance) in enumerate(zip(sites.inner, genome.parts, genome.shares, strict=True)):
+        of = f" of {i - distance}" if distance else ""
+        named = {site.kind: f"{NAMES[b]}{of}" for site, b in zip(group, bits, strict=True)}
+        told.append({"layer": str(i), **named})
+    return told
+
+
+def front(goal: Goal, result: Result) -> list[dict[str, object]]:
+    """The best genome of several budgets by the table, with the KL of the whole model; and the chosen one."""
+    table = goal.table
+    name = "latency" if table.timed and "size" not in goal.budget.bounds else "size"
+    floats, narrow = table.worlds[0].uniform(FLOAT, 0), table.worlds[0].uniform(3, 0) or table.worlds[0].uniform(4, 0)
+    points = [_point(goal, result.genome, True)]
+    if floats is None or narrow is None:
+        return points
+    most, least = used(table.costs(floats))[name], used(table.costs(narrow))[name] * CHEAPEST
+    for n in range(POINTS):
+        report("front", n, POINTS)
+        limit = least * (most / least) ** (n / (POINTS - 1))
+        found = [minimise(world, w, {"score": 1.0}, {name: limit}) for w, world in enumerate(table.worlds)]
+        genomes = [genome for genome in found if genome is not None]
+        if genomes:
+            points.append(_point(goal, min(genomes, key=lambda genome: table.loss(genome).score), False))
+    return points
+
+
+def _point(goal: Goal, genome: Genome, chosen: bool) -> dict[str, object]:
+    costs = goal.table.costs(genome)
+    return {
+        "size": costs.size,
+        "latency": costs.latency if goal.table.timed else None,
+        "kl": goal.judge.loss(genome).score,
+        "predicted": goal.table.loss(genome).score,
+        "chosen": chosen,
+    }
