@@ -48,6 +48,6 @@ def derive(spec: DerivedSpec, stored: Mapping[str, Array]) -> Array:
 def _sum(part: SumSpec, stored: Mapping[str, Array]) -> NDArray[Any]:
     if part.weight:
         return stored[part.weight]
-    coefficients, atoms, *factors = (stored[name].view(np.float32) for name in sources_of(part))
+    atoms, coefficients, *factors = (stored[name].view(np.float32) for name in sources_of(part))
     total: NDArray[Any] = np.tensordot(coefficients, atoms, 1)
     return total + factors[0] @ factors[1] if factors else total

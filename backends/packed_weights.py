@@ -45,15 +45,20 @@ def _joined(program: Program, layout: Layout) -> NDArray[Any]:
 
 
 def _packed(program: Program, layout: Layout) -> Iterator[NDArray[Any]]:
-    weights = [array(program.weights[key]) for key in layout.keys]
+    weights = [_as_rows(array(program.weights[key])) for key in layout.keys]
     return packed(layout, weights, [array(program.weights[key]) for key in layout.scales])
 
 
 def _packed_shape(program: Program, layout: Layout) -> tuple[int, ...]:
-    widths = [program.weights[key].shape[0] for key in layout.keys]
+    widths = [program.weights[key].shape[:-1].numel() for key in layout.keys]
     panels = sum(-(-n // PANEL) for n in widths) if layout.ways > 1 else -(-sum(widths) // PANEL)
-    k = depth(layout.format, program.weights[layout.keys[0]].shape[1])
+    k = depth(layout.format, program.weights[layout.keys[0]].shape[-1])
     return (panels, k, PANEL) if layout.format == F32 else (panels, panel_bytes(layout.format, k))
+
+
+def _as_rows(weight: NDArray[Any]) -> NDArray[Any]:
+    """Several matrices stored together lie one after another."""
+    return weight if weight.ndim == 2 else weight.reshape(-1, weight.shape[-1])
 
 
 def array(weight: Tensor) -> NDArray[Any]:

@@ -28,6 +28,7 @@ from sylvester.codegen import (
     skipping,
     sparse_layers,
 )
+from sylvester.codegen.combined import atom_layouts
 from sylvester.codegen.epilogue import fuse_epilogues
 from sylvester.codegen.fusions import fusions
 from sylvester.codegen.index import Size, Var, atom, flatten, product
@@ -89,6 +90,7 @@ def plans(program: Program) -> dict[str, Plan]:
     require_lowerings(program.entries.values())
     groups = linear_groups(program)
     single = {g.weights[0]: stored_weight(g) for found in groups.values() for g in found.values() if len(g.nodes) == 1}
+    single |= atom_layouts(program)
     single |= strided_layouts(program)
     return {
         name: Lowering(name, program, entry, StoredLayers(groups[name], single, lower_group)).run()

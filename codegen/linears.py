@@ -17,6 +17,7 @@ from sylvester.codegen.linear import FEW_ROWS, record_bytes
 from sylvester.codegen.linear_groups import LinearGroup, bias_of, weight_of
 from sylvester.codegen.lowering import Fact, Lowering, lowers, origin
 from sylvester.codegen.quantized import LARGEST_DEPTH
+from sylvester.codegen.scalar import Load
 from sylvester.codegen.shapes import shape_of
 from sylvester.compiler.errors import Unsupported
 from sylvester.compiler.program import binding, value
@@ -145,11 +146,50 @@ def row_pointer(lowering: Lowering, x: Lazy) -> tuple[Pointer, Index]:
 @lowers(aten.linear.default)
 def linear(lowering: Lowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy | None = None) -> Lazy:
     """y = x w^T + b with a weight that is computed at run time or a vector, or a bias that broadcasts."""
+    panels = _panels(lowering, weight)
+    if panels is not None:
+        return _over_panels(lowering, fact, x, panels, bias)
     turned = (
         weight if len(weight.shape) == 1 else Lazy(weight.shape[::-1], weight.dtype, lambda i: weight.load(i[::-1]))
     )
     joined = matmul(lowering, fact, x, turned)
     return joined if bias is None else pointwise(fact, lambda a, b: call("add", a, b), joined, bias)
+
+
+def _panels(lowering: Lowering, weight: Lazy) -> Buffer | None:
+    """The weight computed at run time, when it lies in panels."""
+    element = weight.probe[1]
+    buffer = lowering.plan.buffers[element.buffer] if isinstance(element, Load) else None
+    return buffer if buffer is not None and buffer.packed and buffer.kind == "arena" else None
+
+
+def _over_panels(lowering: Lowering, fact: Fact, x: Lazy, panels: Buffer, bias: Lazy | None) -> Lazy:
+    """The kernel of stored weights over those that an earlier step made."""
+    n, k = fact.shape[-1], x.shape[-1]
+    y, norm = lowering.buffer("arena", fact.shape, fact.dtype), x.norm
+    rows, stride = row_pointer(lowering, norm.x if norm else x)
+    m, records = product(x.shape[:-1]), None
+    whole = bias is not None and bias.shape == (n,)
+    if norm is not None and not (m.constant and m.constant <= FEW_ROWS):
+        records = lowering.buffer("arena", (m, index(record_bytes(F32, _number(k)))), "u8").name
+    lowering.plan.steps.append(
+        Linear(
+            outputs=(y.name,),
+            rows=rows,
+            stride=stride,
+            weight=panels.name,
+            bias=lowering.contiguous(bias).name if bias is not None and whole else None,
+            records=records,
+            m=m,
+            n=n,
+            k=k,
+            format=F32,
+            norm=norm,
+            parameters=_norm_parameters(lowering, norm),
+        )
+    )
+    found = of_buffer(y)
+    return found if bias is None or whole else pointwise(fact, lambda a, b: call("add", a, b), found, bias)
 
 
 @lowers(dialect.linear_bf16.default, dialect.linear_w8.default, dialect.linear_w4.default, dialect.linear_w3.default)
