@@ -141,12 +141,12 @@ def trainable(student: Student, patterns: tuple[str, ...], embeddings: bool) -> 
     meets: set[str] = set()
     rounded: set[str] = set()
     for entry in program.entries.values():
-        content = Dataflow(entry).content
+        data = _data(entry)
         for node in entry.calls():
             keys = [binding(u).key for u in node.all_input_nodes if is_weight(u)]
             looked_up = node.target is aten.embedding.default and is_weight(node.args[0])
             tables |= {binding(cast(fx.Node, node.args[0])).key} if looked_up else set()
-            meets |= set(keys) if looked_up or any(u in content for u in node.all_input_nodes) else set()
+            meets |= set(keys) if looked_up or any(u in data for u in node.all_input_nodes) else set()
             rounded |= set(keys) if any(not program.weights[key].is_floating_point() for key in keys) else set()
     reached = [key for key in student.weights if key in meets]
     named = [key for key in reached if any(p == "all" or fnmatchcase(key, p) for p in patterns)]
@@ -159,6 +159,17 @@ def trainable(student: Student, patterns: tuple[str, ...], embeddings: bool) -> 
         hint = "fine-tune before quantising, or give embeddings=True" if notes else "give another pattern"
         raise CompileError(f"nothing is trainable: {'; '.join(notes) or 'no weight is finite'}", hint=hint)
     return Choice(tuple(chosen), notes)
+
+
+def _data(entry: Entry) -> set[fx.Node]:
+    """What comes from inputs of real numbers or from look-ups; numbers made of positions are none."""
+    stack = Dataflow(entry).sources()
+    found = set(stack)
+    while stack:
+        new = [user for user in stack.pop().users if user not in found]
+        found |= set(new)
+        stack += new
+    return found
 
 
 def _notes(named: list[str], rounded: set[str], tables: set[str]) -> tuple[str, ...]:

@@ -32,11 +32,13 @@ class Run:
     checkpoint: Checkpoint | None
     progress: Progress
     idle: tuple[str, ...] = ()
+    saved: int | None = None
 
     def resume(self) -> None:
         found = self.checkpoint.load() if self.checkpoint else None
         if found is not None:
             self.descent.restore(*found)
+            self.saved = self.descent.done
 
     def finish(self, pool: Workers) -> None:
         saved = time.perf_counter()
@@ -57,7 +59,8 @@ class Run:
             self._check_last(pool)
         except KeyboardInterrupt as stop:
             self._save()
-            stop.add_note(self._where())
+            kept = f"{self._where(self.descent.done)}: the same call goes on from there"
+            stop.add_note(kept if self.checkpoint else "no checkpoint folder was given: the steps are lost")
             raise
         self._save()
 
@@ -74,19 +77,18 @@ class Run:
         if not math.isfinite(value):
             raise CompileError(
                 f"the loss is {value} at step {self.descent.done + 1} of {self.descent.steps}: training has diverged; "
-                + ("the last good state is on disk" if self.checkpoint else "nothing was kept"),
-                hint=f"give a learning rate below {self.descent.learning_rate:g} and another checkpoint folder",
+                + (self._where(self.saved) if self.saved is not None else "nothing was kept"),
+                hint=f"give a learning rate below {self.descent.learning_rate:g}, with another checkpoint folder",
             )
 
     def _save(self) -> None:
         if self.checkpoint is not None:
             self.checkpoint.save(self.descent.state(), self.descent.done)
+            self.saved = self.descent.done
 
-    def _where(self) -> str:
-        if self.checkpoint is None:
-            return "no checkpoint folder was given: the steps are lost"
-        folder = str(self.checkpoint.folder)
-        return f"{self.descent.done} of {self.descent.steps} steps are in {folder!r}: the same call goes on"
+    def _where(self, done: int) -> str:
+        folder = str(self.checkpoint.folder) if self.checkpoint else ""
+        return f"the state after step {done} is in {folder!r}"
 
 
 class Pace:
