@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from sylvester.compiler.artefact import check_destination
 from sylvester.compiler.check import evaluate, relative_error
@@ -36,6 +36,7 @@ KEPT = (
     "generation_config.json",
 )
 """Files of the source folder that stay as they are."""
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 SAME = 1e-4
 
 
@@ -60,10 +61,11 @@ def export(program: Program, folder: str | Path, *, stock: bool = False) -> Path
         tensors |= naming.copies(tensors, aliases) | naming.zeros(skips.get(ALL, {}))
         aliases = {name: to for name, to in aliases.items() if name not in tensors}
     config = write_skips(_known(program, "config"), skips, program.info.get(DEPTH, 0))
+    tensors, config = _as_stored(tensors, config)
     metadata = {"format": "pt"} | {ALIAS_PREFIX + name: to for name, to in sorted(aliases.items())}
     target.mkdir(parents=True, exist_ok=True)
     try:
-        _write_config(target, config)
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, target / WEIGHTS, metadata=metadata)
         _copy(program, source, target, model)
         if stock:
@@ -116,9 +118,14 @@ def _naming(program: Program, model: nn.Module, skips: Skips) -> Naming:
     return Naming(model.state_dict(), whole, left, program)
 
 
-def _write_config(folder: Path, config: dict[str, Any]) -> None:
-    kept = {key: item for key, item in config.items() if key != "torch_dtype"} | {"dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+def _as_stored(tensors: dict[str, Tensor], config: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """In the half precision of the source, when that holds every value; else in float32."""
+    wanted = config.get("dtype") or config.get("torch_dtype")
+    plain = {key: item for key, item in config.items() if key != "torch_dtype"}
+    half = HALVES.get(str(wanted))
+    if half is None or not all(torch.equal(t.to(half).to(t.dtype), t) for t in tensors.values()):
+        return tensors, plain | {"dtype": "float32"}
+    return {name: t.to(half) if t.is_floating_point() else t for name, t in tensors.items()}, plain | {"dtype": wanted}
 
 
 def _copy(program: Program, source: Path, target: Path, model: nn.Module) -> None:

@@ -45,7 +45,7 @@ class Grid:
         for item in found:
             for part in PARTS if item["part"] == BLOCK else (str(item["part"]),):
                 key = (names[str(item["layer"])], part)
-                cells[key] = _with(cells.get(key, ()), str(item["what"]))
+                cells[key] = _with(cells.get(key, ()), _named(str(item["what"]), names))
         return Grid(_all(list(names.values()), layers), parts, cells)
 
     def svg(self) -> str:
@@ -75,6 +75,14 @@ def _with(texts: tuple[str, ...], text: str) -> tuple[str, ...]:
     if DROPPED in texts or text in texts:
         return texts
     return (text,) if text == DROPPED else (*texts, text)
+
+
+def _named(text: str, names: Mapping[str, str]) -> str:
+    """A text that ends with the path of a layer, such as "shares model.layers.3", with the name of its column."""
+    head, space, path = text.rpartition(" ")
+    number = re.fullmatch(r"[a-zA-Z_][\w.]*\.(\d+)", path)
+    short = names.get(path) or (number[1] if number and all(name.isdigit() for name in names.values()) else path)
+    return f"{head}{space}{short}"
 
 
 def _columns(layers: Sequence[str]) -> dict[str, str]:

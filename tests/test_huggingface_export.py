@@ -222,6 +222,22 @@ def test_trained_weights_are_written(sources, tmp_path):
     same(program, sv.trace(program.export_hf(tmp_path / "out")))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_where_it_holds_every_value(dtype, tmp_path, monkeypatch):
+    model = MODELS["gpt2"]().to(dtype)
+    program = sv.trace(folder_of(model, tmp_path / "half"))
+    monkeypatch.setattr(huggingface_export, "trace", lambda model, examples: program.clone())
+
+    config, tensors, _ = read(passed(program, DROP).export_hf(tmp_path / "out"))
+    program.weights["transformer.ln_f.bias"] = program.weights["transformer.ln_f.bias"] + 1e-4
+    other, widened, _ = read(program.export_hf(tmp_path / "wide"))
+
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    assert {t.dtype for t in tensors.values()} == {dtype}
+    assert other["dtype"] == "float32"
+    assert {t.dtype for t in widened.values()} == {torch.float32}
+
+
 def test_programs_saved_and_loaded_are_exported(llama, tmp_path):
     passed(llama[1], DROP).save(tmp_path / "program")
 
@@ -318,8 +334,8 @@ def test_aliases_of_nothing_are_refused(llama, tmp_path):
         sv.trace(tmp_path / "out")
 
 
-def test_command_exports(llama, tmp_path, capsys):
-    folder = str(llama[0])
+def test_command_exports(sources, tmp_path, capsys):
+    folder = str(sources("gpt2")[0])
     passes = "drop-sublayers(attention=(1,), ffn=(1, 3))"
 
     assert main(["export", folder, "-o", str(tmp_path / "out"), "--passes", passes, "--json"]) == 0

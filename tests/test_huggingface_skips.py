@@ -10,10 +10,11 @@ import transformers as hf
 from torch import nn
 
 import sylvester as sv
-from sylvester.compiler import huggingface
+from sylvester.compiler import huggingface, huggingface_export
 from sylvester.compiler.check import evaluate, relative_error
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.huggingface import load_folder
+from sylvester.compiler.huggingface_parts import leave_out
 from sylvester.compiler.huggingface_skips import read_skips, write_skips
 from sylvester.compiler.lockstep import matching_weights
 from sylvester.compiler.pipeline import Pipeline
@@ -150,17 +151,18 @@ def test_no_layer_may_be_left(gpt2):
         sv.trace(gpt2)
 
 
-def test_layers_must_be_those_of_the_config(tmp_path):
-    folder = folder_of(zoo.case("t5").model, tmp_path)
-    edit_config(folder, per_layer_config={"1": {"skip": ["mlp"]}})
+def test_layers_must_be_those_of_the_config(whole):
+    program = whole.clone()
+    program.info |= {"depth": 2, "skips": {"all": {"ffn": [1]}}}
 
-    with pytest.raises(CompileError, match=r"skips parts of \d layers, the program has \d layers"):
-        sv.trace(folder)
+    with pytest.raises(CompileError, match=r"skips parts of 2 layers, the program has 4 layers"):
+        leave_out(program, "all")
 
 
-def test_encoders_leave_parts_out_too(tmp_path):
-    folder = folder_of(zoo.case("bert").model, tmp_path / "bert")
-    skipped = Pipeline((DROPPED,), check=False)(sv.trace(folder))
+def test_encoders_leave_parts_out_too(tmp_path, monkeypatch):
+    original = sv.trace(folder_of(zoo.case("bert").model, tmp_path / "bert"))
+    monkeypatch.setattr(huggingface_export, "trace", lambda model, examples: original.clone())
+    skipped = Pipeline((DROPPED,), check=False)(original)
 
     loaded = sv.trace(skipped.export_hf(tmp_path / "out"))
 

@@ -185,6 +185,22 @@ def test_columns_are_numbers_where_paths_differ_in_one(layers, columns):
     assert Grid.of(rows).columns == columns
 
 
+@pytest.mark.parametrize(
+    ("layer", "what", "shown"),
+    [
+        ("model.layers.4", "shares model.layers.3", "shares 3"),
+        ("model.layers.4", "shares model.layers.4", "shares 4"),
+        ("model.layers.4", "skipped by 2.5", "skipped by 2.5"),
+        ("head", "shares a.3", "shares a.3"),
+        ("4", "int4", "int4"),
+    ],
+)
+def test_layers_in_texts_are_called_like_their_columns(layer, what, shown):
+    rows = [{"layers": [{"layer": layer, "part": "ffn", "what": what}]}]
+
+    assert list(Grid.of(rows).cells.values()) == [(shown,)]
+
+
 def test_other_parts_get_rows_and_nothing_gets_no_picture():
     rows = [{"layers": [{"layer": "0", "part": "cross_attention", "what": "dropped"}]}]
 
