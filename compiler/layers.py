@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from torch import fx
 
@@ -115,7 +116,8 @@ class _Line:
             return _Line(segments, [])
         kinds: dict[str, tuple[str, ...]] = {}
         found = [(find_parts(program, flow, segment, kinds), segment) for segment in segments]
-        working = [(parts, s) for parts, s in found if any(p.kind in ORDER for p in parts)]
+        others = {s.end for stack in stacks if stack not in own for block in stack.blocks for s in block.segments}
+        working = [(parts, s) for parts, s in found if s.end not in others and any(p.kind in ORDER for p in parts)]
         macaron = next((stack for stack in own if _repeats(stack.blocks[0].kinds)), None)
         line = _Line(segments, _by_block(working, macaron) if macaron else _by_kind(working))
         line.measure_tails()
@@ -123,7 +125,7 @@ class _Line:
 
     def measure_tails(self) -> None:
         """What follows the last part of a layer up to the next layer is its own; of the last layer what is alike."""
-        for group, after in zip(self.groups, self.groups[1:], strict=False):
+        for group, after in pairwise(self.groups):
             group.tail = self._at(after.parts[0][1]) - self._at(group.parts[-1][1]) - 1
         if len(self.groups) < 2:
             return

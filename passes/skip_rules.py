@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def kept_count(layers: int, speedup: float) -> int:
+    """floor(layers / speedup), with room for rounding."""
+    return int(layers / speedup + 1e-9)
+
+
 def kept_paper(layers: int, speedup: float) -> list[int]:
     """Unified Layer Skipping: the first and the last, and every g-th from the front until floor(layers / speedup)."""
-    wanted = int(layers // speedup)
+    wanted = kept_count(layers, speedup)
     gap = layers // (wanted - 1)
     inner = [n for n in range(1, layers - 1) if n % gap == 0][: wanted - 2]
     return sorted({0, *inner, layers - 1})
@@ -15,7 +20,7 @@ def kept_paper(layers: int, speedup: float) -> list[int]:
 
 def kept_uniform(layers: int, speedup: float) -> list[int]:
     """As many, from the first to the last at equal distances up to rounding."""
-    wanted = int(layers // speedup)
+    wanted = kept_count(layers, speedup)
     return [(2 * n * (layers - 1) + wanted - 1) // (2 * (wanted - 1)) for n in range(wanted)]
 
 
@@ -23,7 +28,7 @@ def kept_similar(similarity: Sequence[float], speedup: float) -> list[int]:
     """As many: the first, the last, and those that turn the stream most; `similarity` is the cosine across a layer."""
     layers = len(similarity)
     inner = sorted(range(1, layers - 1), key=lambda n: (similarity[n], n))
-    return sorted({0, *inner[: int(layers // speedup) - 2], layers - 1})
+    return sorted({0, *inner[: kept_count(layers, speedup) - 2], layers - 1})
 
 
 def largest_speedup(layers: int) -> float:
