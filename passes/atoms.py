@@ -16,6 +16,8 @@ from sylvester.compiler.program import Program
 from sylvester.passes.shared_layers import Layer
 
 TINY = 1e-150
+TURNS = 2
+"""How often atoms and low rank are fitted; more turns change the error by less than a hundredth."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,21 @@ class Refined:
     """What stands for the weight of one layer: coefficients [S] of the atoms of its cluster, and thin factors."""
 
     member: Member
-    coefficients: Tensor
+    coefficients: Tensor = field(default_factory=lambda: torch.zeros(0))
     factors: tuple[Tensor, Tensor] | None = None
 
+    def of_atoms(self, atoms: Tensor) -> Tensor:
+        """The part [n, k] that the atoms make."""
+        found: Tensor = torch.tensordot(self.coefficients.double(), atoms.double(), 1)
+        return found
+
+    def of_factors(self) -> Tensor | float:
+        """The part that the factors make."""
+        return 0.0 if self.factors is None else self.factors[0].double() @ self.factors[1].double()
+
     def weight(self, atoms: Tensor) -> Tensor:
-        """The matrix [n, k] that the parts stand for."""
-        total: Tensor = torch.tensordot(self.coefficients.double(), atoms.double(), 1)
-        return total if self.factors is None else total + self.factors[0].double() @ self.factors[1].double()
+        """The matrix [n, k] that both stand for."""
+        return self.of_atoms(atoms) + self.of_factors()
 
 
 @dataclass
@@ -101,12 +111,29 @@ class Shared:
 
     cluster: Cluster
     atoms: Tensor
-    layers: list[Refined] = field(default_factory=list)
+    layers: list[Refined]
+
+    @staticmethod
+    def empty(cluster: Cluster) -> Shared:
+        """No atoms yet; a lone layer stays as it is."""
+        layers = [Refined(member) for member in cluster.members] if len(cluster.members) > 1 else []
+        return Shared(cluster, torch.zeros(0, *cluster.shape), layers)
 
     @property
     def parameters(self) -> int:
         factors = [t for layer in self.layers for t in layer.factors or ()]
         return self.atoms.numel() + sum(t.numel() for t in (*(r.coefficients for r in self.layers), *factors))
+
+    def refit(self, program: Program, count: int) -> None:
+        """Atoms for what the factors leave."""
+        if not self.layers:
+            return
+        left = [program.weights[r.member.layer.key].double() - r.of_factors() for r in self.layers]
+        scales = [r.member.weight for r in self.layers]
+        atoms, coefficients = principal_atoms(left, self.cluster.count(count), scales)
+        self.atoms = atoms.float()
+        for refined, found in zip(self.layers, coefficients, strict=True):
+            refined.coefficients = found.float()
 
 
 Watcher = Callable[[int, int], None]
@@ -115,40 +142,37 @@ Watcher = Callable[[int, int], None]
 def fit(
     program: Program, clusters: Sequence[Cluster], atoms: int, spare: int, watch: Watcher = lambda done, of: None
 ) -> list[Shared]:
-    """Atoms for every cluster of several layers, and `spare` numbers for low rank where they lower the error most."""
-    shared = []
-    gains: list[Tensor] = []
-    for number, cluster in enumerate(clusters):
-        watch(number, 2 * len(clusters))
-        shared.append(_atoms(program, cluster, atoms))
+    """Atoms for every cluster of several layers, and `spare` numbers for low rank where they lower the error most.
+
+    With low rank, atoms and factors are fitted in turns, each to what the other leaves.
+    """
+    shared = [Shared.empty(cluster) for cluster in clusters]
+    turns = TURNS if spare > 0 else 1
+    for turn in range(turns):
+        watch(turn, turns)
+        for group in shared:
+            group.refit(program, atoms)
         if spare > 0:
-            gains += [_gains(program, shared[-1], layer) for layer in shared[-1].layers]
-    layers = [(group, layer) for group in shared for layer in group.layers]
-    costs = [sum(layer.member.layer.shape) for _, layer in layers]
-    ranks = allocate(gains, costs, spare) if spare > 0 else [0] * len(layers)
-    for number, ((group, layer), rank) in enumerate(zip(layers, ranks, strict=True)):
-        watch(len(layers) + number, 2 * len(layers))
-        if rank:
-            left, right = low_rank(_residual(program, group, layer), layer.member.whitening, rank)
-            layer.factors = left.float(), right.float()
+            _refine(program, shared, spare)
+    watch(turns, turns)
     return shared
 
 
-def _atoms(program: Program, cluster: Cluster, count: int) -> Shared:
-    if len(cluster.members) == 1:
-        n, k = cluster.shape
-        return Shared(cluster, torch.empty(0, n, k))
-    weights = [program.weights[m.layer.key] for m in cluster.members]
-    atoms, coefficients = principal_atoms(weights, cluster.count(count), [m.weight for m in cluster.members])
-    layers = [Refined(m, c.float()) for m, c in zip(cluster.members, coefficients, strict=True)]
-    return Shared(cluster, atoms.float(), layers)
+def _refine(program: Program, shared: Sequence[Shared], spare: int) -> None:
+    """New factors for what the atoms leave."""
+    layers = [(group.atoms, layer) for group in shared for layer in group.layers]
+    gains = [_gains(program, atoms, layer) for atoms, layer in layers]
+    ranks = allocate(gains, [sum(layer.member.layer.shape) for _, layer in layers], spare)
+    for (atoms, layer), rank in zip(layers, ranks, strict=True):
+        left, right = low_rank(_residual(program, atoms, layer), layer.member.whitening, rank)
+        layer.factors = (left.float(), right.float()) if rank else None
 
 
-def _residual(program: Program, group: Shared, layer: Refined) -> Tensor:
-    return program.weights[layer.member.layer.key].double() - layer.weight(group.atoms)
+def _residual(program: Program, atoms: Tensor, layer: Refined) -> Tensor:
+    return program.weights[layer.member.layer.key].double() - layer.of_atoms(atoms)
 
 
-def _gains(program: Program, group: Shared, layer: Refined) -> Tensor:
+def _gains(program: Program, atoms: Tensor, layer: Refined) -> Tensor:
     """What each direction of the whitened residual takes off the weighed error, falling."""
-    values: Tensor = torch.linalg.svdvals(layer.member.whitening.apply(_residual(program, group, layer)))
+    values: Tensor = torch.linalg.svdvals(layer.member.whitening.apply(_residual(program, atoms, layer)))
     return layer.member.weight * values.square()
