@@ -14,6 +14,8 @@ ACROSS = 16
 """Layers side by side; more go below."""
 WIDE, STRIPE, NAMES, HEAD, GAP = 58, 17, 70, 16, 3
 LETTERS = 11
+LEAST_WIDTH = 480
+"""For whole texts below the picture."""
 COLOURS = (
     (re.compile(DROPPED), "#8c2d04"),
     (re.compile(r"decode|skip|depth"), "#fdae6b"),
@@ -56,7 +58,9 @@ class Grid:
         height = STRIPE * max(map(len, self.cells.values()))
         deep = HEAD + len(self.rows) * (height + GAP) + 2 * GAP
         parts = [line for i, band in enumerate(bands) for line in self._band(band, i * deep, height)]
-        size = (NAMES + WIDE * len(bands[0]), deep * len(bands))
+        longer = dict.fromkeys(t for texts in self.cells.values() for t in texts if len(t) > LETTERS)
+        parts += _legend(list(longer), deep * len(bands))
+        size = (max(NAMES + WIDE * len(bands[0]), LEAST_WIDTH), deep * len(bands) + STRIPE * len(longer))
         head = f'<svg viewBox="0 0 {size[0]} {size[1]}" width="{size[0]}" height="{size[1]}" role="img" font-size="10">'
         return "\n".join([head, *parts, "</svg>"])
 
@@ -113,6 +117,14 @@ def _cell(x: int, y: int, height: int, texts: Sequence[str], where: str) -> Iter
             short = text if len(text) <= LETTERS else f"{text[: LETTERS - 1]}…"
             ink = "#fff" if text == DROPPED else "#000"
             yield _text(x + WIDE / 2, y + (i + 0.5) * each + 3, short, ink, "middle")
+
+
+def _legend(texts: Sequence[str], top: int) -> Iterator[str]:
+    """The whole of every text that is cut in its cell."""
+    for i, text in enumerate(texts):
+        y = top + i * STRIPE
+        yield f'<rect x="{NAMES}" y="{y}" width="10" height="10" fill="{_colour(text)}"/>'
+        yield _text(NAMES + 16, y + 9, text, "currentColor", "start")
 
 
 def _colour(text: str) -> str:

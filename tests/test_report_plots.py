@@ -156,9 +156,19 @@ def test_grid_is_drawn_with_texts_and_tooltips(rows):
     hints = texts(svg, "title")
 
     assert {"dropped", "int4", "int4/int8"} <= set(texts(svg))
+    assert 'a "<&>" b' in texts(svg)
     assert '0 ffn: a "<&>" b, int4' in hints
     assert "3 attention: as it was" in hints
     assert len(list(svg.iter("rect"))) == 4 * 2 + 1
+
+
+def test_texts_that_do_not_fit_are_whole_below():
+    rows = [{"layers": [{"layer": "0", "part": "ffn", "what": what} for what in ("skipped in decode", "int4")]}]
+    svg = drawn(Grid.of(rows).svg())
+
+    assert texts(svg)[-1] == "skipped in decode"
+    assert "skipped in…" in texts(svg)
+    assert texts(svg).count("int4") == 1
 
 
 def test_long_models_go_below_each_other():
