@@ -116,9 +116,14 @@ def empty_state(program: Program, entry: Entry, sample: Mapping[str, Tensor]) ->
     }
 
 
-def predictions(program: Program, model: LanguageModel, sample: Sample) -> tuple[Tensor, Tensor]:
-    """Scores [positions, vocabulary] of each token that follows another, and these tokens [positions]."""
-    return following(model, run(program, sample)[model.scores], sample)
+def predictions(program: Program, model: LanguageModel, sample: Sample, prompt: int = 0) -> tuple[Tensor, Tensor]:
+    """Scores [positions, vocabulary] of each token that follows another, and these tokens [positions].
+
+    With a `prompt`, as in `run`, only those that follow a token after it.
+    """
+    scores = run(program, sample, prompt)[model.scores]
+    rest = {name: t[:, prompt:] if t.ndim == 2 else t for name, t in sample.items()}
+    return following(model, scores[:, prompt:], rest)
 
 
 def following(model: LanguageModel, scores: Tensor, sample: Sample) -> tuple[Tensor, Tensor]:

@@ -92,12 +92,15 @@ def perplexity(program: Program, samples: Iterable[Sample]) -> float:
     return _exp(total, positions)
 
 
-def compare(before: Program, after: Program, samples: Iterable[Sample]) -> Quality:
-    """`after` beside `before` on the same samples; as in `perplexity`."""
+def compare(before: Program, after: Program, samples: Iterable[Sample], prompt: int = 0) -> Quality:
+    """`after` beside `before` on the same samples; as in `perplexity`.
+
+    With a `prompt`, so many tokens of each sample are read by `prefill`, and what follows counts as generated.
+    """
     model, sums = _required(before), _Sums()
     for sample in samples:
-        old, wanted = predictions(before, model, sample)
-        new, _ = predictions(after, model, sample)
+        old, wanted = predictions(before, model, sample, prompt)
+        new, _ = predictions(after, model, sample, prompt)
         for part in zip(old.split(ROWS), new.split(ROWS), wanted.split(ROWS), strict=True):
             sums.add(*part)
     return sums.quality()
