@@ -8,7 +8,7 @@ every row of a batch skips is not run, and its weights are not read.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +20,7 @@ from sylvester.compiler.pipeline import Contract, Pass
 from sylvester.compiler.program import Program
 from sylvester.compiler.progress import report
 from sylvester.compiler.stages import DECODE, KEY, Stage, remember
+from sylvester.passes import skip_curve
 from sylvester.passes.depth import Depth, edited, require_phase
 from sylvester.passes.options import require_count, require_fraction
 from sylvester.passes.similarity import mean_cosines
@@ -78,6 +79,7 @@ class SkipFFN(Pass):
             )
 
     def run(self, program: Program) -> Changes:
+        before = program.clone()
         layers, changes = find_layers(program), Changes()
         region = self._region(layers)
         if self.static:
@@ -87,7 +89,8 @@ class SkipFFN(Pass):
         masks = insert_masks(program.entries[DECODE], gates, 1.0 if self.threshold is None else float(self.threshold))
         samples = program.calibration.fit[:SAMPLES] if program.calibration else ()
         if self.threshold is None:
-            self._calibrate(program, masks, samples, len(layers), changes)
+            tried = self._calibrate(program, masks, samples, len(layers), changes)
+            skip_curve.record(changes, before, _variants(program, masks, tried))
         _record(program, masks, samples, len(layers), changes)
         if self.warmup:
             program.entries[WARM] = warm
@@ -116,19 +119,21 @@ class SkipFFN(Pass):
 
     def _calibrate(
         self, program: Program, masks: Masks, samples: Sequence[Sample], layers: int, changes: Changes
-    ) -> None:
-        """The threshold that skips the wanted share of all feed-forward parts, by bisection."""
+    ) -> dict[float, float]:
+        """The threshold that skips the wanted share of all parts, by bisection; share -> threshold tried, up to it."""
         wanted = TARGET if self.target is None else self.target
         self._require_reachable(len(masks.gates), layers)
-        low, high = -1.0, 1.0
+        low, high, tried = -1.0, 1.0, dict[float, float]()
         for step in range(STEPS):
             report(STAGE, step, STEPS)
             middle = (low + high) / 2
             masks.set_threshold(middle)
             share = sum(masks.shares(program, samples)) / layers
+            tried[share] = middle
             low, high = (middle, high) if share > wanted else (low, middle)
         masks.set_threshold(high)
         changes.note(f"threshold {high:.6f} for a target of {wanted:g}")
+        return {share: threshold for share, threshold in tried.items() if 0 < share <= wanted} | {wanted: high}
 
     def _statically(self, program: Program, layers: Sequence[Layer], region: Sequence[Layer]) -> Changes:
         """The parts of the region that turn the stream least are left out of `decode`."""
@@ -147,6 +152,14 @@ class SkipFFN(Pass):
         for layer, cosine in zip(region, cosines, strict=True):
             changes.figure(layer.path, "cosine around the FFN", cosine)
         return changes
+
+
+def _variants(program: Program, masks: Masks, tried: Mapping[float, float]) -> Iterator[tuple[float, Program]]:
+    """The program at some of the thresholds that were tried, the last one chosen at the end."""
+    shares = sorted(tried)
+    for share in [shares[n - 1] for n in skip_curve.parts(len(shares))]:
+        masks.set_threshold(tried[share])
+        yield share, program
 
 
 def _record(program: Program, masks: Masks, samples: Sequence[Sample], layers: int, changes: Changes) -> None:

@@ -6,17 +6,18 @@ caches work as before; the prompt is read by all layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import ClassVar, Literal, get_args
 
 from sylvester.compiler.changes import Changes
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.layers import Layer, chosen, find_layers
-from sylvester.compiler.pipeline import Contract, Pass
+from sylvester.compiler.pipeline import Contract, Pass, Pipeline
 from sylvester.compiler.program import Program
-from sylvester.passes.depth import Depth, Phase, edited, require_phase
+from sylvester.passes import skip_curve
+from sylvester.passes.depth import Phase, edited, require_phase
 from sylvester.passes.options import require_choice, require_numbers
 from sylvester.passes.similarity import similarity
 from sylvester.passes.skip_rules import kept_paper, kept_similar, kept_uniform, largest_speedup
@@ -60,12 +61,23 @@ class SkipLayers(Pass):
 
     def run(self, program: Program) -> Changes:
         layers = find_layers(program)
-        skipped = self._skipped(program, layers)
+        skipped, before = self._skipped(program, layers), program.clone()
         if not skipped:
             return Changes()
-        changes = edited(program, layers, self.phase, lambda depth: _drop(depth, skipped))
+        changes = edited(program, layers, self.phase, lambda depth: depth.drop_layers(skipped))
+        if self.speedup is not None:
+            skip_curve.record(changes, before, self._variants(before, layers, len(skipped)))
         changes.note(f"{len(skipped)} of {len(layers)} layers skipped: {[layer.index for layer in skipped]}")
         return changes
+
+    def _variants(self, program: Program, layers: Sequence[Layer], most: int) -> Iterator[tuple[float, Program]]:
+        """Programs that skip fewer layers by the same rule, and their share of all."""
+        for gone in skip_curve.parts(most):
+            step = replace(self, speedup=len(layers) / (len(layers) - gone))
+            numbers = tuple(layer.index for layer in step._skipped(program, find_layers(program)))
+            if numbers:
+                step = replace(self, speedup=None, layers=numbers)
+                yield len(numbers) / len(layers), Pipeline((step,), check=False)(program)
 
     def _skipped(self, program: Program, layers: Sequence[Layer]) -> list[Layer]:
         if self.layers:
@@ -87,7 +99,3 @@ class SkipLayers(Pass):
             return [stack[n] for n in kept_similar(similarity(program, stack), speedup)]
         rule = kept_paper if self.rule == "paper" else kept_uniform
         return [stack[n] for n in rule(count, speedup)]
-
-
-def _drop(depth: Depth, skipped: Sequence[Layer]) -> None:
-    depth.drop_layers(skipped)

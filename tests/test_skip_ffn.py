@@ -210,3 +210,12 @@ def test_what_a_program_does_not_allow_is_an_error(name, steps, message):
 def test_a_target_out_of_reach_says_what_is_possible():
     with pytest.raises(CompileError, match=r"target=0.9 is not reachable: of 4 feed-forward parts at most 0.75"):
         Pipeline((SkipFFN(target=0.9, **ALL),)).run(calibrated("llama-gqa"))
+
+
+def test_quality_against_the_share_skipped_is_in_the_ledger():
+    for step in (SkipFFN(target=0.5, **ALL), sv.passes.SkipLayers(speedup=2)):
+        ledger = Pipeline((step,)).run(calibrated("llama-gqa"))[1]
+
+        points = {float(f.where): f.value for f in ledger.rows[0].changes.figures if f.name == "KL at skip ratio"}
+        assert max(points) == 0.5
+        assert all(kl > 0 for kl in points.values())
