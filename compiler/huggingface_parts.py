@@ -102,8 +102,6 @@ def leave_out(program: Program, phase: str) -> None:
     wanted = program.info.get(WANTED, {}).pop(phase, {})
     if not wanted:
         return
-    if (count := len(find_layers(program))) != (depth := len(_numbers(program))):
-        raise CompileError(f"the config skips parts of {depth} layers, the program has {count} layers")
     drop(program, phase, wanted)
     text = ", ".join(f"{kind} of layers {numbers}" for kind, numbers in wanted.items())
     program.info["notes"].append(f"left out as the config says ({'decode' if phase == DECODE else 'always'}): {text}")
@@ -112,6 +110,8 @@ def leave_out(program: Program, phase: str) -> None:
 def drop(program: Program, phase: str, wanted: Mapping[str, list[int]]) -> Changes:
     """Drop parts of layers, by the numbers the layers had in the whole model."""
     now = {original: index for index, original in enumerate(_numbers(program))}
+    if (count := len(find_layers(program))) != len(now):
+        raise CompileError(f"the config skips parts of {len(now)} layers, {count} are found in the program")
     gone = sorted({n for numbers in wanted.values() for n in numbers} - set(now))
     if gone:
         raise CompileError(f"layer {gone[0]} is to be skipped in {phase!r}, but nothing of it is left")
