@@ -79,8 +79,8 @@ def main() -> None:
         for found in cured(program, variant, middle, options):
             results.append(found)
             print(found, flush=True)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n", encoding="utf-8")
+            if options.json:
+                options.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n", encoding="utf-8")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -76,8 +76,8 @@ class Descent:
         self.done += 1
 
     def idle(self) -> list[str]:
-        """Keys that the last gradient did not reach."""
-        return [key for key, tensor in self.weights.items() if tensor.grad is None]
+        """Keys that no gradient has reached in the steps so far."""
+        return [key for key, tensor in self.weights.items() if tensor not in self._adam.state]
 
     def state(self) -> dict[str, Tensor]:
         """All that the next steps depend on, but `done`."""

@@ -53,6 +53,9 @@ def finetune(
     the same result. `progress` is told the loss and the tokens per second. `CompileError` when the data is empty, the
     teacher answers in another form, the loss is no finite number, or the folder holds another run.
     """
+    for name, given in (("program", program), ("teacher", teacher)):
+        if not isinstance(given, Program) and (given is not None or name == "program"):
+            raise TypeError(f"{name} is a {type(given).__name__}, expected a Program: sylvester.trace gives one")
     options = _checked(steps=steps, batch=batch, window=window, learning_rate=learning_rate, tail=tail)
     student = Student(program, tail=tail > 0)
     samples = windows(program, _samples(program, data), window)

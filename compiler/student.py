@@ -28,6 +28,7 @@ aten = torch.ops.aten
 PREFILL = "prefill"
 PREFIXES = (8, 4, 2)
 """One part of so many of a window is the prompt, in turns."""
+ROUNDED = "caches are rounded: what decoding reads from them teaches nothing to the layers that wrote it"
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,19 @@ class Student:
         self.names = [self.model.scores] if self.model else float_outputs(program.main)
         entries = {n: program.entries[n] for n in (PREFILL, *_decoders(program))} if self.staged else {}
         self.functions = {
-            name: Function.of(entry, [*self.names, *program.state], self._tail(entry) if tail else None)
+            name: Function.of(
+                entry, [*([] if name == PREFILL else self.names), *program.state], self._asked(entry, tail)
+            )
             for name, entry in entries.items()
         }
-        self.main = Function.of(program.main, self.names, self._tail(program.main) if tail else None)
+        self.main = Function.of(program.main, self.names, self._asked(program.main, tail))
+
+    def _scored(self, name: str) -> list[str]:
+        """What an entry of generation is run for, besides the caches."""
+        return [] if name == PREFILL else self.names
+
+    def _asked(self, entry: Entry, tail: bool) -> fx.Node | None:
+        return self._tail(entry) if tail else None
 
     def _tail(self, entry: Entry) -> fx.Node:
         node = entry.result(self.names[0])
@@ -155,6 +165,11 @@ def trainable(student: Student, patterns: tuple[str, ...], embeddings: bool) -> 
     usable = [key for key in named if key not in rounded and (embeddings or key not in tables)]
     chosen = [key for key in usable if bool(program.weights[key].isfinite().all())]
     notes = _notes(named, rounded, set() if embeddings else tables)
+    if student.staged and not all(slot.dtype.is_floating_point for slot in program.state.values()):
+        notes = (
+            *notes,
+            ROUNDED,
+        )
     if not chosen:
         hint = "fine-tune before quantising, or give embeddings=True" if notes else "give another pattern"
         raise CompileError(f"nothing is trainable: {'; '.join(notes) or 'no weight is finite'}", hint=hint)

@@ -31,11 +31,13 @@ class Run:
     batches: Batches
     checkpoint: Checkpoint | None
     progress: Progress
-    idle: tuple[str, ...] = ()
     saved: int | None = None
 
     def resume(self) -> None:
-        found = self.checkpoint.load() if self.checkpoint else None
+        if self.checkpoint is None:
+            return
+        self.checkpoint.prepare()
+        found = self.checkpoint.load()
         if found is not None:
             self.descent.restore(*found)
             self.saved = self.descent.done
@@ -55,7 +57,6 @@ class Run:
                     self.descent.step()
                 stage = f"fine-tune: loss {value:.4g}, {pace.per_second(parts):.0f} tokens/s"
                 self.progress(stage, self.descent.done, self.descent.steps)
-            self.idle = tuple(self.descent.idle())
             self._check_last(pool)
         except KeyboardInterrupt as stop:
             self._save()
@@ -65,7 +66,8 @@ class Run:
         self._save()
 
     def notes(self) -> list[str]:
-        return [f"{len(self.idle)} weights stay as they are: no gradient reaches them"] if self.idle else []
+        idle = self.descent.idle()
+        return [f"{len(idle)} weights stay as they are: no gradient reaches them"] if idle else []
 
     def _check_last(self, pool: Workers) -> None:
         """The loss after the last step, on the batch before it."""

@@ -29,8 +29,15 @@ class Checkpoint:
     folder: Path
     about: Mapping[str, str]
 
+    def prepare(self) -> None:
+        """Make the folder; `CompileError` where that cannot be done, before any work."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            hint = "give a folder that can be written to"
+            raise CompileError(f"cannot keep states in {str(self.folder)!r}: {error.strerror}", hint=hint) from error
+
     def save(self, tensors: Mapping[str, Tensor], done: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         facts = json.dumps({"format": FORMAT, "done": done, "about": dict(self.about)})
         made = self.folder / f"{FILE}.{os.getpid()}"
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, made, metadata={"run": facts})

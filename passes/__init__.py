@@ -11,6 +11,7 @@ PASSES = {
     "depth-schedule": "sylvester.passes.depth_schedule:DepthSchedule",
     "drop-sublayers": "sylvester.passes.drop_sublayers:DropSublayers",
     "equalize": "sylvester.passes.equalize:Equalize",
+    "finetune": "sylvester.passes.finetune:Finetune",
     "fold-constants": "sylvester.passes.fold_constants:FoldConstants",
     "fold-norms": "sylvester.passes.fold_norms:FoldNorms",
     "fold-weights": "sylvester.passes.fold_weights:FoldWeights",

@@ -27,6 +27,7 @@ from sylvester.compiler.student import Student, generates_otherwise
 from sylvester.compiler.training_run import uninterrupted
 from sylvester.compiler.training_state import FILE
 from sylvester.compiler.verify import verify
+from sylvester.passes.finetune import Finetune
 from tests import graphs, zoo
 
 DATA = tuple(torch.randint(3, zoo.VOCAB, (40,), generator=torch.Generator().manual_seed(n)) for n in range(4))
@@ -153,6 +154,13 @@ def test_generation_that_skips_layers_is_trained_as_it_runs():
     trained = sv.finetune(student, DATA, 6, teacher=teacher, **FAST)
     before, after = (generated_kl(teacher, p) for p in (student, trained))
     assert after < 0.9 * before
+
+
+def test_rounded_caches_are_trained_around_and_noted():
+    program = Pipeline((sv.passes.QuantizeCache(bits=8),))(skipping())
+    trained = sv.finetune(program, DATA, 1, **FAST)
+    assert [n for n in trained.info["notes"] if "caches are rounded" in n]
+    assert "model.norm.weight" in moved(program, trained)
 
 
 def generated_kl(teacher: sv.Program, program: sv.Program, prompt: int = 10) -> float:
@@ -407,3 +415,38 @@ def test_threads_do_not_change_the_result():
         finally:
             torch.set_num_threads(1)
     assert not moved(*results)
+
+
+def test_notes_are_the_same_when_nothing_is_left_to_do(tmp_path):
+    first, again = (sv.finetune(traced(), DATA, 1, checkpoint=tmp_path, **FAST) for _ in range(2))
+    assert first.info["notes"] == again.info["notes"]
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_before_any_work(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CompileError, match="cannot keep states in"):
+        sv.finetune(traced(), DATA, 1, checkpoint=tmp_path / "file", **FAST, progress=Stopped(1))
+
+
+@pytest.mark.parametrize(("program", "teacher"), [("folder", None), (None, "folder")])
+def test_what_is_no_program_is_an_error(program, teacher):
+    with pytest.raises(TypeError, match="is a str, expected a Program"):
+        sv.finetune(program or traced(), DATA, 1, teacher=teacher)
+
+
+def test_the_pass_trains_on_calibration_data():
+    program = traced().clone()
+    program.calibration = Calibration(read(program, DATA))
+    after, ledger = Pipeline((Finetune(4, **FAST),)).run(program)
+    changes = ledger.rows[0].changes
+    assert {a.where for a in changes.applied} == moved(program, after)
+    assert perplexity(after, read(program, DATA)) < perplexity(program, read(program, DATA))
+    assert changes.notes[0].startswith("perplexity on the data it trained on: ")
+    assert not [note for note in after.info["notes"] if "fine-tuning" in note]
+
+
+def test_the_pass_needs_data_and_a_language_model():
+    with pytest.raises(CompileError, match="there is no data to train on"):
+        Pipeline((Finetune(),)).run(traced())
+    with pytest.raises(CompileError, match="scores no next token"):
+        Pipeline((Finetune(),)).run(traced("bert"))
