@@ -10,6 +10,7 @@ from string import Template
 from typing import Any
 
 from sylvester.compiler import report_plots
+from sylvester.compiler.budget import FIELDS, shown
 from sylvester.compiler.manifest import Manifest
 from sylvester.compiler.svg import Bar, bar_chart
 from sylvester.compiler.totals import Totals
@@ -53,6 +54,7 @@ def render(report: Mapping[str, Any], manifest: Manifest) -> str:
         "From pass to pass": _way(asked),
         "What each layer became": report_plots.layers(rows, report.get("model", {}).get("layers") or 0),
         "Quality against ratio": report_plots.curves(rows),
+        "Budget": _budget(report.get("search") or {}),
         "Pareto front": report_plots.front(report.get("search")),
         "Quality": _quality(rows),
         "Passes": _passes(rows),
@@ -109,6 +111,15 @@ def _cell(value: object) -> str:
 def _list(items: Iterable[str]) -> str:
     lines = [f"<li>{escape(str(item))}</li>" for item in items]
     return "<ul>\n" + "\n".join(lines) + "\n</ul>" if lines else ""
+
+
+def _budget(search: Mapping[str, Any]) -> str:
+    """What was asked for, what a search predicted of its choice, and what that turned out to be."""
+    bounds, chosen = search.get("budget") or {}, search.get("chosen") or {}
+    columns = [bounds, chosen.get("predicted") or {}, chosen.get("measured") or {}]
+    names = [name for name in FIELDS if any(name in column for column in columns)]
+    lines = [[name, *(shown(name, c[name]) if name in c else "" for c in columns)] for name in names]
+    return _table(("field", "bound", "predicted", "measured"), lines)
 
 
 def _way(rows: Sequence[Row]) -> str:

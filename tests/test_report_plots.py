@@ -262,6 +262,16 @@ def test_front_marks_the_choice():
         assert "chosen" in texts(svg)
 
 
+def test_budget_beside_what_was_predicted_and_measured():
+    chosen = {"genome": "<b>", "predicted": {"size": 5e6, "max_kl": 0.1}, "measured": {"size": 5.5e6, "latency": 0.002}}
+    page = render({"search": SEARCH | {"budget": {"size": 6e6}, "chosen": chosen}}, Manifest("null", {}))
+    lines = [texts(row, "td") for row in drawn(page.removeprefix("<!DOCTYPE html>\n")).iter("tr")]
+
+    assert ["size", "6 MB", "5 MB", "5.5 MB"] in lines
+    assert ["latency", "", "", "2 ms"] in lines
+    assert ["max_kl", "", "0.1", ""] in lines
+
+
 @pytest.mark.parametrize("search", [None, {}, {"front": []}, {"front": [{"size": None, "latency": None, "kl": None}]}])
 def test_no_search_no_front(search):
     assert "Pareto" not in render({"search": search} if search is not None else {}, Manifest("null", {}))
