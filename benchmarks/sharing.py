@@ -153,7 +153,7 @@ class Bench:
 
 def decoding(program: Program) -> Callable[[], float]:
     """A function that decodes some tokens after others and returns the milliseconds of one."""
-    runner = sv.compile(program).runner
+    runner = sv.compile(program)._runner
     state = runner.new_state("decode", {"input_ids": np.zeros((1, 1), np.int64)})
 
     def step() -> float:

@@ -153,11 +153,11 @@ class Planner:
 
 
 def _counts(groups: Groups, atoms: int | None) -> list[int]:
-    """Numbers of atoms worth a trial: one, a quarter and a half of the largest group."""
+    """Numbers of atoms worth a trial: one, and from a quarter to a half of the largest group."""
     if atoms is not None:
         return [atoms]
     largest = max(len(group) for group in groups)
-    return sorted({max(1, part) for part in (1, largest // 4, largest // 2)})
+    return sorted({max(1, part) for part in (1, largest // 4, 3 * largest // 8, largest // 2)})
 
 
 def _squared_error(program: Program, shared: Shared) -> float:
