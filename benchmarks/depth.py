@@ -92,21 +92,28 @@ def part_times(full: sv.Compiled, layers: int) -> dict[str, float]:
 
 
 def times(program: Program, full: sv.Compiled, costs: Mapping[str, float], runs: int) -> Iterator[dict[str, Any]]:
-    """Decoding steps of fewer layers beside those of all, interleaved, and what the profile of all layers foretells."""
+    """Decoding steps that leave work out beside those of all layers, and what the profile of these foretells."""
     layers = len(find_layers(program))
     whole = decode_step(full, tokens(CONTEXT + 1))
+    total = costs["fixed"] + layers * (costs["attention"] + costs["ffn"])
+    one_ffn = SkipFFN(threshold=-1.0, cold_start=COLD[0], cold_end=COLD[1], warmup=0)
+    steps: list[tuple[Pass, float]] = [(one_ffn, (layers - sum(COLD) - 1) * costs["ffn"])]
     for speedup in SPEEDUPS:
-        step = SkipLayers(speedup=speedup)
+        gone = layers - int(layers / speedup)
+        steps.append((SkipLayers(speedup=speedup), gone * (costs["attention"] + costs["ffn"])))
+    for step, saved in steps:
         with sv.compile(program, passes=(step,)) as compiled:
-            kept = len(compiled.manifest.state) // 2
             seconds = medians([whole, decode_step(compiled, tokens(CONTEXT + 1))], runs)
-        scale = seconds[0] / (costs["fixed"] + layers * (costs["attention"] + costs["ffn"]))
-        foretold = seconds[0] - scale * (layers - kept) * (costs["attention"] + costs["ffn"])
+            caches = len(compiled.manifest.state) // 2
+        foretold = seconds[0] * (1 - saved / total)
+        share = (seconds[0] - seconds[1]) / (seconds[0] - foretold)
         print(
-            f"{step}: {kept} of {layers} layers, {1e3 * seconds[0]:.3f} -> {1e3 * seconds[1]:.3f} ms "
-            f"({seconds[0] / seconds[1]:.2f}x), foretold {1e3 * foretold:.3f} ms (x{seconds[1] / foretold:.3f})"
+            f"{step}: caches of {caches} layers, {1e3 * seconds[0]:.3f} -> {1e3 * seconds[1]:.3f} ms "
+            f"({seconds[0] / seconds[1]:.2f}x), foretold {1e3 * foretold:.3f} ms (x{seconds[1] / foretold:.3f}), "
+            f"{share:.0%} of the work left out is saved",
+            flush=True,
         )
-        yield {"speedup": speedup, "kept": kept, "full": seconds[0], "skipped": seconds[1], "foretold": foretold}
+        yield {"step": str(step), "full": seconds[0], "skipped": seconds[1], "foretold": foretold, "share": share}
 
 
 def medians(steps: Sequence[Callable[[], object]], runs: int) -> list[float]:

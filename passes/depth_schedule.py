@@ -17,7 +17,7 @@ from sylvester.compiler.pipeline import Contract, Pass
 from sylvester.compiler.program import Entry, Program
 from sylvester.compiler.region import bypass
 from sylvester.compiler.stages import DECODE, KEY, Stage, remember
-from sylvester.passes.depth import Depth, edited, require_phase
+from sylvester.passes.depth import Phase, edited, require_phase
 from sylvester.passes.options import require_count
 from sylvester.passes.skip_rules import depths
 
@@ -47,7 +47,7 @@ class DepthSchedule(Pass):
             raise ValueError(f"warmup is {self.warmup}, expected less than min_layers, which is {self.min_layers}")
 
     def requires(self, program: Program) -> None:
-        require_phase(program, DECODE)
+        require_phase(program, "decode")
         if KEY in program.info:
             raise CompileError("decoding has stages already", hint="run depth-schedule before skip-ffn, and only once")
         count = len(find_layers(program))
@@ -59,11 +59,11 @@ class DepthSchedule(Pass):
         changes = self._shallower(program, self.max_layers or len(find_layers(program)), "all")
         layers = find_layers(program)
         steps = depths(len(layers), self.min_layers, self.length or int(program.info["max_length"]), self.variants)
-        changes.extend(self._shallower(program, steps[0][1], DECODE))
+        changes.extend(self._shallower(program, steps[0][1], "decode"))
         stages = [Stage(DECODE)]
         for number, (position, depth) in enumerate(steps[1:], 1):
             stages.append(Stage(f"{DECODE}{number}", position))
-            self._add_variant(program, stages[-1].entry, len(layers) - depth, steps[0][1])
+            self._add_variant(program, stages[-1].entry, len(layers) - depth)
         if len(stages) > 1:
             remember(program.info, stages)
         changes.note("depth by position: " + ", ".join(f"{depth} layers from {at}" for at, depth in steps))
@@ -75,14 +75,14 @@ class DepthSchedule(Pass):
         """The layers between the lowest and the top ones."""
         return list(layers[self.warmup : len(layers) - (depth - self.warmup)])
 
-    def _shallower(self, program: Program, depth: int, phase: str) -> Changes:
+    def _shallower(self, program: Program, depth: int, phase: Phase) -> Changes:
         layers = find_layers(program)
         left_out = self._left_out(layers, depth)
         if not left_out:
             return Changes()
-        return edited(program, layers, "all" if phase == "all" else "decode", lambda d: _drop(d, left_out))
+        return edited(program, layers, phase, lambda depth: depth.drop_layers(left_out))
 
-    def _add_variant(self, program: Program, name: str, left_out: int, first_depth: int) -> None:
+    def _add_variant(self, program: Program, name: str, left_out: int) -> None:
         """A clone of `decode` that leaves out more layers and does not touch their caches."""
         entry = program.entries[DECODE].clone()
         program.entries[name] = entry
@@ -92,10 +92,6 @@ class DepthSchedule(Pass):
         for layer in reversed(gone):
             bypass(entry, layer.sites[name].start, layer.sites[name].end)
         _forget(entry, slots)
-
-
-def _drop(depth: Depth, layers: Sequence[Layer]) -> None:
-    depth.drop_layers(layers)
 
 
 def _forget(entry: Entry, slots: set[str]) -> None:

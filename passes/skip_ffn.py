@@ -65,7 +65,7 @@ class SkipFFN(Pass):
             raise ValueError("a static choice has a target, no threshold")
 
     def requires(self, program: Program) -> None:
-        require_phase(program, DECODE)
+        require_phase(program, "decode")
         if KEY in program.info:
             raise CompileError("decoding has stages already", hint="use skip-ffn once, and not with depth-schedule")
         if self.threshold is None and not (program.calibration and program.calibration.fit):
