@@ -86,7 +86,8 @@ class CpuMachine(Machine):
         return Footprint(by_keys, plan.longest_running, plan.state)
 
     def _call(self, program: Program, entry: str, length: int, folder: Path) -> _Call:
-        target = replace(self.target, isas=self._isas(program), tune=None)
+        folder.mkdir()
+        target = replace(self.target, isas=self._isas(), tune=None)
         made = self.backend.build(program, target, folder, silent)
         engine = Engine(folder, made, self.threads)
         inputs: dict[str, Array] = {
@@ -99,7 +100,7 @@ class CpuMachine(Machine):
         state.position = min(length, capacity - 1)
         return _Call(engine, entry, inputs, state)
 
-    def _isas(self, program: Program) -> tuple[str, ...]:
+    def _isas(self) -> tuple[str, ...]:
         """The one this machine runs, and the one that says so."""
         if self.target.isas:
             return self.target.isas

@@ -24,6 +24,7 @@ from sylvester.passes.search_goal import Goal
 from sylvester.passes.search_judge import Judge
 from sylvester.passes.search_make import make_table
 from sylvester.passes.search_result import Result, facts, notes
+from sylvester.passes.search_solve import broken
 from sylvester.passes.search_world import World
 
 WIDTHS = (16, 8, 4, 3)
@@ -33,7 +34,7 @@ LEAST_GAIN = 0.02
 """Part of the KL that a rotation must take away: less is noise."""
 FITTED = 16
 """Samples that trial weights are fitted to."""
-ATTEMPTS = 3
+ATTEMPTS = 4
 """How often a budget is made tighter where what was built breaks it."""
 
 
@@ -126,16 +127,19 @@ class Search(Recipe):
         return ([plain, rotated] if kept else [plain]), [told]
 
     def _kept(self, goal: Goal, program: Program, machine: Machine | None) -> Result:
-        """What is built keeps the budget too, or misses it by what the notes say."""
-        result = None
+        """What is built keeps the budget too; a measured time may miss it, by what the notes say."""
+        best: Result | None = None
         for _ in range(ATTEMPTS):
             genome = goal.reach()
             passes: tuple[Pass, ...] = goal.judge.worlds[genome.world].realise(genome)
             result = Result.measured(goal, genome, passes, program, machine)
+            best = result if best is None or sum(result.over.values()) < sum(best.over.values()) else best
             if not result.over or not goal.tighten(result.over):
                 break
-        assert result is not None
-        return result
+        assert best is not None
+        if any(name != "latency" for name in best.over):
+            raise broken(goal.budget, best.found)
+        return best
 
 
 def spread(samples: Sequence[Sample], count: int) -> tuple[Sample, ...]:

@@ -31,6 +31,8 @@ STEPS = 6
 SHRINK, ROUNDS = 0.96, 3
 """Costs are lowered by so much, so often, where only the loss is bounded."""
 RESTARTS = 2
+MARGIN, LEAST = 0.98, 0.3
+"""What was over its bound is aimed at with some room, down to this part of it."""
 
 
 @dataclass
@@ -52,10 +54,9 @@ class Goal:
 
     def tighten(self, over: Mapping[str, float]) -> bool:
         """Aim lower by what was measured as a share of its bound; False where nothing is left to try."""
-        before = dict(self.tighter)
         for name, share in over.items():
-            self.tighter[name] = self.tighter.get(name, 1.0) / share
-        return before != self.tighter and all(factor > 0.5 for factor in self.tighter.values())
+            self.tighter[name] = self.tighter.get(name, 1.0) * MARGIN / share
+        return all(factor > LEAST for factor in self.tighter.values())
 
     def keeps(self, genome: Genome) -> bool:
         """Whether the loss of the whole model is within the bounds."""

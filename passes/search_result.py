@@ -12,7 +12,7 @@ from sylvester.compiler.program import Program
 from sylvester.compiler.progress import report
 from sylvester.compiler.recipe import Machine
 from sylvester.passes.search_costs import DECODE, alone
-from sylvester.passes.search_goal import Goal
+from sylvester.passes.search_goal import UNIFORM, Goal
 from sylvester.passes.search_milp import minimise
 from sylvester.passes.search_solve import KL, PERPLEXITY
 from sylvester.passes.search_table import used
@@ -121,11 +121,9 @@ def front(goal: Goal, result: Result) -> list[dict[str, object]]:
     """The best genome of several budgets by the table, with the KL of the whole model; and the chosen one."""
     table = goal.table
     name = "latency" if table.timed and "size" not in goal.budget.bounds else "size"
-    floats, narrow = table.worlds[0].uniform(FLOAT, 0), table.worlds[0].uniform(3, 0) or table.worlds[0].uniform(4, 0)
     points = [_point(goal, result.genome, True)]
-    if floats is None or narrow is None:
-        return points
-    most, least = used(table.costs(floats))[name], used(table.costs(narrow))[name] * CHEAPEST
+    made = [genome for bits in UNIFORM if (genome := table.worlds[0].uniform(bits, 0)) is not None]
+    most, least = used(table.costs(made[0]))[name], used(table.costs(made[-1]))[name] * CHEAPEST
     for n in range(POINTS):
         report("front", n, POINTS)
         limit = least * (most / least) ** (n / (POINTS - 1))

@@ -89,13 +89,18 @@ def infeasible(table: Table, budget: Budget) -> CompileError:
 
 def missed(table: Table, budget: Budget, genome: Genome, kl: float, increase: float) -> CompileError:
     """An error that says which bounds a genome breaks and by how much; it is the nearest one known."""
-    values = used(table.costs(genome)) | {KL: kl, PERPLEXITY: increase}
-    over = {name: values[name] for name, bound in budget.bounds.items() if values[name] > bound * (1 + 1e-9)}
-    told = [
-        f"{name} is bounded by {shown(name, budget.bounds[name])}, needs {shown(name, v)}" for name, v in over.items()
-    ]
-    known = [*RESOURCES, KL] if table.timed else ["size", "memory", KL]
-    point = ", ".join(f"{name} {shown(name, values[name])}" for name in known)
+    values = dict(used(table.costs(genome))) | {KL: kl, PERPLEXITY: increase}
+    if not table.timed:
+        del values["latency"]
+    return broken(budget, values)
+
+
+def broken(budget: Budget, values: Mapping[str, float]) -> CompileError:
+    """The error for the nearest point there is, with `values` by field."""
+    bounds = budget.bounds
+    over = {name: values[name] for name, bound in bounds.items() if values.get(name, 0.0) > bound * (1 + 1e-9)}
+    told = [f"{name} is bounded by {shown(name, bounds[name])}, needs {shown(name, v)}" for name, v in over.items()]
+    point = ", ".join(f"{name} {shown(name, values[name])}" for name in (*RESOURCES, KL) if name in values)
     wider = ", ".join(f"{name}={shown(name, value)}" for name, value in over.items())
     return CompileError(
         f"no choice for the parts of the model keeps {budget}: {'; '.join(told)}; the nearest point has {point}",

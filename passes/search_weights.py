@@ -60,12 +60,17 @@ class RoundedWeights:
         if bits not in self._made:
             method: Literal["rtn", "mse", "gptq"] = self.method if bits <= 4 else "rtn"
             step = Quantize(weights=bits, method=method, embeddings=True)  # type: ignore[arg-type]
-            rounded = Pipeline((step,), check=False)(self.program)
+            rounded = Pipeline((step,), check=False)(_main_only(self.program))
             self._made[bits] = {
                 key: (width, tuple(rounded.weights[name] for name in names))
                 for key, (width, names) in replaced_weights(self.program, rounded).items()
             }
         return self._made[bits]
+
+
+def _main_only(program: Program) -> Program:
+    name = next(name for name, entry in program.entries.items() if entry is program.main)
+    return Program(program.weights, {name: program.main}, program.state, program.info, program.calibration)
 
 
 def replaced_weights(program: Program, rounded: Program) -> dict[str, tuple[int, tuple[str, ...]]]:

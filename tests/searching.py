@@ -1,4 +1,4 @@
-"""What tests of the search share: toy tables, every genome of one by enumeration, a small model with data of its own."""
+"""What tests of the search share: toy tables, all genomes of one by enumeration, a small model with its own data."""
 
 from __future__ import annotations
 

@@ -44,7 +44,9 @@ def test_six_layers_of_four_variants():
     thin = Table("", True, 10.0, 128, (_one_site(table.worlds[0]),))
     for size in (150, 250, 400):
         found = solve(thin, Budget(size=size))
-        assert table_score(thin, found) == pytest.approx(min(v["max_kl"] for _, v in kept(thin, {"size": size})), rel=1e-5)
+        assert table_score(thin, found) == pytest.approx(
+            min(v["max_kl"] for _, v in kept(thin, {"size": size})), rel=1e-5
+        )
 
 
 def _one_site(world):
