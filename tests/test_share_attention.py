@@ -15,12 +15,14 @@ from sylvester.compiler.errors import CompileError
 from sylvester.compiler.gram import Whitening
 from sylvester.compiler.pipeline import Pipeline
 from sylvester.compiler.program import Program
+from sylvester.compiler.resolve import resolve_passes
 from sylvester.passes.atoms import allocate, low_rank, principal_atoms
 from sylvester.passes.equalize import Equalize
 from sylvester.passes.fold_constants import FoldConstants
 from sylvester.passes.fold_norms import FoldNorms
 from sylvester.passes.quantize import Quantize
 from sylvester.passes.share_attention import ShareAttention
+from sylvester.passes.share_basis import ShareBasis
 from sylvester.passes.split_linears import SplitLinears
 from tests import zoo
 from tests.programs import ops
@@ -309,3 +311,37 @@ def test_groups_do_not_cross_stacks():
     case = zoo.case("t5")
     with pytest.raises(CompileError, match="two stacks"):
         applied(sv.trace(case.model, case.inputs), ShareAttention(groups=((2, 3),)))
+
+
+class Convolved(nn.Module):
+    """A block whose queries come from a convolution over one position."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.rest = nn.Conv1d(WIDTH, WIDTH, 1), nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x):
+        q = self.a(x.transpose(1, 2)).transpose(1, 2)
+        k, v = (layer(x) for layer in self.rest[:2])
+        return x + self.rest[2](F.scaled_dot_product_attention(*(t.unsqueeze(1) for t in (q, k, v))).squeeze(1))
+
+
+def test_convolutions_and_layers_of_low_bits_are_refused():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Convolved() for _ in range(3))).eval()
+    _, row = applied(sv.trace(model, (torch.randn(2, 5, WIDTH),)), ShareAttention(atoms=1))
+    assert row.changes.counts() == {"share k": 3, "share v": 3, "share o": 3}
+    assert len(row.changes.refused) == 3
+    _, row = applied(tower(), Quantize(weights=8), ShareAttention(atoms=1))
+    assert not row.changes.applied
+    reasons = [item.reason for item in row.changes.refused]
+    assert reasons.count("a convolution or a layer of low bits, expected a linear layer in float32") == 4 * BLOCKS
+
+
+def test_its_text_rebuilds_it():
+    for share in (
+        ShareAttention(atoms=1, groups=((0, 1), (2, 3)), mode="run"),
+        ShareAttention(remove=0.25, kinds=("q", "k")),
+        ShareBasis(ratio=0.3, private=(), update=True),
+    ):
+        assert resolve_passes(str(share)) == (share,)
