@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sylvester.codegen import bfloat16, panels, quantized
+from sylvester.codegen import bfloat16, panels, quantized, sparse
 from sylvester.codegen.isa import Isa
 from sylvester.codegen.layout import PANEL, Format, FormatName, Layout
 from sylvester.codegen.panels import pack_f32
@@ -28,7 +28,8 @@ def format_headers(formats: Collection[FormatName], isa: Isa) -> list[str]:
     """C text that linear layers in these formats build on; follows the prelude."""
     wide = [bfloat16.header(isa)] if "bf16" in formats else []
     low_bit = quantised_headers(formats)
-    return [render("amx.h.in"), *wide, *low_bit] if low_bit or wide else []
+    strided = [] if set(formats).isdisjoint(("rows", "columns")) else [sparse.strided_header()]
+    return [*strided, *([render("amx.h.in"), *wide, *low_bit] if low_bit or wide else [])]
 
 
 def quantised_headers(formats: Collection[FormatName]) -> list[str]:

@@ -38,7 +38,12 @@ class Format:
     @property
     def floats(self) -> bool:
         """Whether the rows of the input are read as they are."""
-        return self.name in ("f32", "rows", "columns")
+        return self.name == "f32" or self.strided
+
+    @property
+    def strided(self) -> bool:
+        """Whether float32 weights lie by rows or by columns and not in panels."""
+        return self.name in ("rows", "columns")
 
     @property
     def stored(self) -> Format:

@@ -14,7 +14,7 @@ from sylvester.codegen.prelude import render
 
 FEW_ROWS = 4
 """Rows that every thread packs for itself (SV_FEW_ROWS)."""
-ARITHMETIC: dict[str, Arithmetic] = {"f32": "f32", "bf16": "bf16", "q8": "int8", "q4": "int8", "q3": "int8"}
+ARITHMETIC: dict[str, Arithmetic] = {"bf16": "bf16", "q8": "int8", "q4": "int8", "q3": "int8"}
 
 _SECOND = """float *c = z ? z + row * n + col : tiles;
             const int64_t ld = z ? n : SV_PANEL;
@@ -31,12 +31,13 @@ def linear_text(form: Format = F32, *, norm: RowNorm | None = None, ways: int = 
         FORMAT=form.name,
         TITLE=form,
         GROUP=form.group,
-        RECORD=("2 * " if form.records == 2 else "") + f"sv_{form.name}_row_bytes(k, {form.group})",
+        RECORD=("2 * " if form.records == 2 else "") + f"sv_{_row_format(form)}_row_bytes(k, {form.group})",
         ROW_BYTES="record / 2" if form.records == 2 else "record",
         PACK=_pack_row(form),
         MULTIPLY=_multiply(form),
         WAYS=ways,
-        PACKS=int(form != F32 or norm is not None),
+        PARTS=_parts(form, not form.floats or norm is not None),
+        PACKS=int(not form.floats or norm is not None),
         NORM="" if norm is None else _norm(norm),
         SECOND=_SECOND.format(multiply=_multiply(form)) if ways > 1 else "",
         PARAMETERS=step + ", const float *scale, const float *shift" + (done.parameters if done else ""),
@@ -47,7 +48,17 @@ def linear_text(form: Format = F32, *, norm: RowNorm | None = None, ways: int = 
 
 def _pack_row(form: Format) -> str:
     rounding = f", {form.bits}, {'step' if form.static else 'NULL'}" if form.quantised else ""
-    return f"sv_{form.name}_pack_row(packed + r * record, row, k, {form.group}{rounding});"
+    return f"sv_{_row_format(form)}_pack_row(packed + r * record, row, k, {form.group}{rounding});"
+
+
+def _parts(form: Format, packs: bool) -> str:
+    if form.strided:
+        return "sv_strided_parts(m, panels, t->nt)"
+    return f"sv_row_parts(m, {int(packs)} ? record / (int64_t)sizeof(float) : k, panels, t->nt)"
+
+
+def _row_format(form: Format) -> str:
+    return "f32" if form.floats else form.name
 
 
 def _multiply(form: Format) -> str:
@@ -101,7 +112,7 @@ def linear_extern(step: Linear, buffers: dict[str, Buffer]) -> Extern:
         work=step.m * step.n * step.k * ways * step.format.records,
         scratch=(f"{name}_scratch", (step.k,)),
         bytes=_bytes(step, buffers, done),
-        arithmetic=ARITHMETIC[step.format.name],
+        arithmetic=ARITHMETIC.get(step.format.name, "f32"),
         formats=(step.format.name,),
         label=_label(step),
     )

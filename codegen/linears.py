@@ -96,7 +96,7 @@ def _require_sums_that_fit(group: LinearGroup, k: int) -> None:
 
 def stored_weight(group: LinearGroup) -> tuple[Layout, Shape, str]:
     """How the weights of a group are stored, with the shape and dtype of their buffer."""
-    if group.format.name in ("rows", "columns"):
+    if group.format.strided:
         return strided_weight(group.weights[0], group.format.name, shape_of(value(weight_of(group.nodes[0]))))
     ways = len(group.nodes) if group.interleaved else 1
     layout = Layout("panels", group.weights, group.scales, format=group.format.stored, ways=ways)

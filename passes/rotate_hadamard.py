@@ -177,10 +177,13 @@ class _Rotator:
         keys = {node: {_key(layer) for layer in found} for node, found in space.reads.items()}
         weights = {key for found in keys.values() for key in found}
         shared = {key for key in weights if not layers.issuperset(self.program.users(key))}
+        left = dict(space.reads)
         skipping = {_key(layer) for layer in _skipping(space)}
-        for node in (node for node in space.reads if keys[node] & skipping):
-            self.changes.refuse(role, Refusal(ZEROS, node))
-        left = {node: found for node, found in space.reads.items() if not keys[node] & skipping}
+        while zeroed := [node for node in left if keys[node] & skipping]:
+            for node in zeroed:
+                skipping |= keys[node]
+                self.changes.refuse(role, Refusal(ZEROS, node))
+                del left[node]
         while blocked := [node for node in left if node.target is HADAMARD or keys[node] & shared]:
             for node in blocked:
                 shared |= keys[node]
