@@ -78,7 +78,7 @@ def find_layers(program: Program) -> tuple[Layer, ...]:
     if not structure.stacks:
         raise CompileError("the model has no repeated residual blocks", hint="this works on stacks of equal layers")
     flow = Dataflow(program.main)
-    lines = [_Line.of(program, flow, source, structure.stacks) for source in flow.sources()]
+    lines = _lines(program, flow, structure.stacks)
     groups = [(line, n) for line in lines if line.groups for n in range(len(line.groups))]
     mine = [line.site(n) for line, n in groups]
     others = {
@@ -100,6 +100,18 @@ def find_layers(program: Program) -> tuple[Layer, ...]:
     )
 
 
+def _lines(program: Program, flow: Dataflow, stacks: Sequence[Stack]) -> list[_Line]:
+    """Layers along every spine: one begins where a kind of part does not come after the one before.
+
+    Where equal blocks have a kind twice the blocks are the layers, unless parts were dropped and the count tells.
+    """
+    known = program.info.get(NUMBERS)
+    lines = [_Line.of(program, flow, source, stacks, whole=known is None) for source in flow.sources()]
+    if known is None or sum(len(line.groups) for line in lines) == len(known):
+        return lines
+    return [_Line.of(program, flow, source, stacks, whole=True) for source in flow.sources()]
+
+
 @dataclass
 class _Line:
     """The segments along one spine, and the layers on it."""
@@ -108,7 +120,7 @@ class _Line:
     groups: list[_Group]
 
     @staticmethod
-    def of(program: Program, flow: Dataflow, source: fx.Node, stacks: Sequence[Stack]) -> _Line:
+    def of(program: Program, flow: Dataflow, source: fx.Node, stacks: Sequence[Stack], *, whole: bool) -> _Line:
         segments = flow.segments(source)
         ends = {segment.end for segment in segments}
         own = [stack for stack in stacks if stack.blocks[-1].end in ends and stack.spine[0] is source]
@@ -118,7 +130,7 @@ class _Line:
         found = [(find_parts(program, flow, segment, kinds), segment) for segment in segments]
         others = {s.end for stack in stacks if stack not in own for block in stack.blocks for s in block.segments}
         working = [(parts, s) for parts, s in found if s.end not in others and any(p.kind in ORDER for p in parts)]
-        macaron = next((stack for stack in own if _repeats(stack.blocks[0].kinds)), None)
+        macaron = next((stack for stack in own if whole and _is_macaron(stack, [s for _, s in working])), None)
         line = _Line(segments, _by_block(working, macaron) if macaron else _by_kind(working))
         line.measure_tails()
         return line
@@ -144,8 +156,12 @@ class _Line:
         return next(i for i, s in enumerate(self.segments) if s.end is segment.end)
 
 
-def _repeats(kinds: Sequence[str]) -> bool:
-    """Whether a block has a kind twice without being several equal layers."""
+def _is_macaron(stack: Stack, working: Sequence[Segment]) -> bool:
+    """Whether all parts are in equal blocks that have a kind twice without being several equal layers."""
+    kinds = stack.blocks[0].kinds
+    ends = {s.end for block in stack.blocks for s in block.segments}
+    if not kinds or any(segment.end not in ends for segment in working):
+        return False
     period = next(n for n in range(1, len(kinds) + 1) if tuple(kinds[:n]) * (len(kinds) // n) == tuple(kinds))
     return len(set(kinds[:period])) < period
 

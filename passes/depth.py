@@ -43,7 +43,7 @@ class Depth:
     phase: Phase
     changes: Changes
     slots: list[str] = field(default_factory=list)
-    gone: dict[int, set[str]] = field(default_factory=dict)
+    gone: dict[int, list[str]] = field(default_factory=dict)
 
     def drop_layers(self, layers: Sequence[Layer]) -> None:
         """The stream goes from the start of each layer to its end; the last first, whose start ends the one before."""
@@ -87,7 +87,7 @@ class Depth:
         self._remember()
 
     def _gone(self, layer: Layer, kind: str) -> None:
-        self.gone.setdefault(layer.index, set()).add(kind)
+        self.gone.setdefault(layer.index, []).append(kind)
         site = layer.sites.get(DECODE)
         if site:
             self.slots += [key for part, _ in site.of_kind(kind) for key in slots_of(part) if key not in self.slots]
@@ -108,7 +108,7 @@ class Depth:
 
     def _whole(self, layer: Layer) -> bool:
         """Whether nothing of a layer is left."""
-        return {part.kind for part, _ in layer.main.parts} <= self.gone.get(layer.index, set())
+        return {part.kind for part, _ in layer.main.parts} <= set(self.gone.get(layer.index, ()))
 
 
 def _unequal(layer: Layer, name: str) -> Refusal | None:

@@ -8,6 +8,7 @@ import pytest
 
 from sylvester.compiler.errors import CompileError, InvalidProgram
 from sylvester.compiler.layers import chosen, find_layers
+from sylvester.compiler.pipeline import Pipeline
 from sylvester.compiler.region import bypass
 from sylvester.compiler.slots import drop_slots
 from sylvester.compiler.stages import DECODE, Stage, entry_at, remember, spans
@@ -16,6 +17,7 @@ from sylvester.passes import DropSublayers
 from sylvester.passes.depth_schedule import _forget
 from tests import zoo
 from tests.depth_cases import rewritten, traced
+from tests.graphs import ADD, EMBEDDING, GELU, Builder, block, decoder
 
 STACKED = tuple(name for name, entry in zoo.ENTRIES.items() if entry.stacks)
 
@@ -51,6 +53,32 @@ def test_layers_that_lost_a_part_are_still_layers():
         ["attention"],
         ["attention", "ffn"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("attention", "ffn"), [((3,), (5,)), ((1,), (4,)), ((5,), (2,)), ((2, 5), (3,)), ((1, 3, 5, 7), ())]
+)
+def test_irregular_drops_leave_layers_in_order(attention, ffn):
+    """Also where what is left repeats in some other way."""
+    model = decoder(blocks=8)
+    layers = find_layers(Pipeline((DropSublayers(attention=attention, ffn=ffn),))(model))
+
+    expected = [
+        [kind for kind, gone in (("attention", attention), ("ffn", ffn)) if n not in gone] for n in range(8)
+    ]
+    assert [[part.kind for part, _ in layer.main.parts] for layer in layers] == expected
+    assert [layer.original for layer in layers] == list(range(8))
+
+
+def test_a_block_with_a_kind_twice_is_one_layer():
+    b = Builder()
+    x = b.call(EMBEDDING, b.weight("table", 31, 24), b.ids(2, 5, high=31))
+    for n in range(3):
+        x = b.call(ADD, x, b.linear(b.call(GELU, b.linear(b.rms(x, f"n{n}"), f"up{n}", 40)), f"down{n}", 24))
+        x = block(b, x, f"block{n}", b.rms)
+    layers = find_layers(b.returns(x))
+
+    assert [[part.kind for part, _ in layer.main.parts] for layer in layers] == [["ffn", "attention", "ffn"]] * 3
 
 
 def test_a_model_without_repeats_is_an_error():
