@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 
 from sylvester.compiler import quality
@@ -54,20 +55,25 @@ class Planner:
         self.whitenings = {node: by_gram[id(gram)] for node, gram in grams.items()}
         self.weights = sensitivities(program, nodes)
         self.stacks: tuple[Stack, ...] = stacks(program)
-        self.drifts = [self._drift(stack) for stack in self.stacks]
         if not self.calibrated:
             changes.note("no calibration data: groups are of equal size, low rank is not whitened")
 
-    def _drift(self, stack: Stack) -> list[float]:
-        return drift(self.program, stack) if self.calibrated else [1.0] * (len(stack.blocks) - 1)
+    @cached_property
+    def drifts(self) -> list[list[float]]:
+        """Between neighbouring blocks of each stack; all alike without data."""
+        if not self.calibrated:
+            return [[1.0] * (len(stack.blocks) - 1) for stack in self.stacks]
+        return [drift(self.program, stack) for stack in self.stacks]
 
     def groups(self, size: int) -> Groups:
         """Groups of neighbours that drift little, of `size` blocks on average, by numbers over all stacks."""
         found: list[tuple[int, ...]] = []
         first = 0
-        for stack, drifts in zip(self.stacks, self.drifts, strict=True):
-            found += [tuple(first + n for n in run) for run in consecutive_groups(drifts, size)]
-            first += len(stack.blocks)
+        for number, stack in enumerate(self.stacks):
+            blocks = len(stack.blocks)
+            runs = [range(blocks)] if size >= blocks else consecutive_groups(self.drifts[number], size)
+            found += [tuple(first + n for n in run) for run in runs]
+            first += blocks
         return tuple(found)
 
     def clusters(self, groups: Groups) -> list[Cluster]:

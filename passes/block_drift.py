@@ -30,11 +30,11 @@ TINY = 1e-30
 
 def drift(program: Program, stack: Stack) -> list[float]:
     """One number per pair of neighbouring blocks, measured on calibration data."""
-    watch = _Means(program, [block.end for block in stack.blocks])
+    tail = _tail(program, stack)
+    watch = _Means(program, [block.end for block in stack.blocks], tail.inputs if tail else ())
     samples = program.calibration.fit[:SAMPLES] if program.calibration else ()
     for sample in samples:
         watch.run_on(sample)
-    tail = _tail(program, stack)
     if tail is None:
         return [1 - found / max(watch.count, 1) for found in watch.cosines]
     last = stack.blocks[-1].end
@@ -54,26 +54,31 @@ def _tail(program: Program, stack: Stack) -> Region | None:
 
 
 class _Means(Watch):
-    """Sums the rows of values, and the cosines of the rows of neighbours; remembers one sample's values."""
+    """Sums the rows of values, and the cosines of the rows of neighbours; remembers what the last sample gave."""
 
-    def __init__(self, program: Program, values: Sequence[fx.Node]) -> None:
+    def __init__(self, program: Program, values: Sequence[fx.Node], others: Sequence[fx.Node]) -> None:
         super().__init__(program, ())
-        self.garbage_collect_values = False
         self.ends = [node.name for node in values]
-        self.totals = [torch.zeros(0)] * len(values)
+        self.wanted = {*self.ends, *(node.name for node in others)}
+        self.known: dict[str, Any] = {}
+        self.totals: list[Any] = [0.0] * len(values)
         self.cosines = [0.0] * (len(values) - 1)
         self.count = 0
 
     def run_on(self, sample: Any) -> Any:
         result = super().run_on(sample)
-        self.known: dict[str, Any] = {node.name: found for node, found in self.env.items()}
         ends = [self.known[name].flatten(0, -2).double() for name in self.ends]
-        self.totals = [old.new_zeros(()) + new.sum(0) if not old.numel() else old + new.sum(0)
-                       for old, new in zip(self.totals, ends, strict=True)]  # fmt: skip
+        self.totals = [total + end.sum(0) for total, end in zip(self.totals, ends, strict=True)]
         for i, (a, b) in enumerate(pairwise(ends)):
             self.cosines[i] += float(torch.cosine_similarity(a, b, dim=-1).sum())
         self.count += len(ends[0])
         return result
+
+    def run_node(self, n: fx.Node) -> Any:
+        found = super().run_node(n)
+        if n.name in self.wanted:
+            self.known[n.name] = found
+        return found
 
     def predict(self, tail: Region, last: fx.Node, mean: Tensor) -> Tensor:
         """The scores [1, vocabulary] that the tail makes of one vector in place of the stream."""
