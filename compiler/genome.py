@@ -178,7 +178,7 @@ def find_sites(program: Program) -> Sites:
 
 def _places(blocks: tuple[Block, ...]) -> dict[fx.Node, tuple[int, str]]:
     """Nodes of every block -> block and kind of part; those of no part are in one called "rest"."""
-    place = {}
+    place: dict[fx.Node, tuple[int, str]] = {}
     for i, block in enumerate(blocks):
         place |= dict.fromkeys(block.nodes, (i, "rest"))
         counts = Counter(node for part in block.parts for node in part.nodes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, fx
 
@@ -14,11 +14,14 @@ from sylvester.compiler.program import Program, binding, is_weight
 from sylvester.passes.quantize import Quantize
 from sylvester.passes.quantize_round import OPS
 
+Method = Literal["rtn", "mse", "gptq"]
+FITTED = 4
+"""Weights of so many bits or fewer are worth fitting."""
 ROOM = 1 << 30
 """Bytes of widened weights that are kept."""
-READERS = {linear.target: bits for bits, (linear, _) in OPS.items()}
+READERS: dict[Any, int] = {linear.target: bits for bits, (linear, _) in OPS.items()}
 Stored = tuple[int, tuple[Tensor, ...]]
-WIDENED = {widen.target: bits for bits, (_, widen) in OPS.items()}
+WIDENED: dict[Any, int] = {widen.target: bits for bits, (_, widen) in OPS.items()}
 
 
 @dataclass
@@ -27,7 +30,7 @@ class RoundedWeights:
 
     program: Program
     sites: Sites
-    method: Literal["rtn", "mse", "gptq"] = "mse"
+    method: Method = "mse"
     _made: dict[int, dict[str, Stored]] = field(default_factory=dict)
     _wide: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
@@ -58,7 +61,7 @@ class RoundedWeights:
         if bits == FLOAT:
             return {}
         if bits not in self._made:
-            method: Literal["rtn", "mse", "gptq"] = self.method if bits <= 4 else "rtn"
+            method: Method = self.method if bits <= FITTED else "rtn"
             step = Quantize(weights=bits, method=method, embeddings=True)  # type: ignore[arg-type]
             rounded = Pipeline((step,), check=False)(_main_only(self.program))
             self._made[bits] = {

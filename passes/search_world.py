@@ -19,7 +19,7 @@ from sylvester.passes.drop_sublayers import DropSublayers
 from sylvester.passes.quantize import Quantize
 from sylvester.passes.quantize_attention import QuantizeAttention
 from sylvester.passes.quantize_cache import QuantizeCache
-from sylvester.passes.search_weights import RoundedWeights
+from sylvester.passes.search_weights import FITTED, Method, RoundedWeights
 from sylvester.passes.share_blocks import ShareBlocks
 
 SHORT: tuple[Pass, ...] = (QuantizeCache(), QuantizeAttention())
@@ -33,7 +33,6 @@ class World:
     name: str
     passes: tuple[Pass, ...]
     program: Program
-    method: str = "gptq"
 
     @staticmethod
     def of(program: Program, name: str, passes: Sequence[Pass]) -> World:
@@ -47,7 +46,7 @@ class World:
     def weights(self) -> RoundedWeights:
         return RoundedWeights(self.program, self.sites, "gptq" if self.program.calibration else "mse")
 
-    def realise(self, genome: Genome, method: str = "") -> tuple[Pass, ...]:
+    def realise(self, genome: Genome, method: Method | None = None) -> tuple[Pass, ...]:
         """The passes that make the original program what the genome says."""
         return (*self.passes, *_shared(genome), *self._dropped(genome), *self._rounded(genome, method), *SHORT)
 
@@ -57,9 +56,9 @@ class World:
             for site, b in zip(sites, bits, strict=True):
                 if b == DROPPED:
                     gone[site.kind].append(i)
-        return (DropSublayers(**{kind: tuple(found) for kind, found in gone.items()}),) if any(gone.values()) else ()
+        return (DropSublayers(tuple(gone["attention"]), tuple(gone["ffn"])),) if any(gone.values()) else ()
 
-    def _rounded(self, genome: Genome, method: str) -> tuple[Pass, ...]:
+    def _rounded(self, genome: Genome, method: Method | None) -> tuple[Pass, ...]:
         """The most frequent bits are those of all weights, the others by key."""
         bits = self.sites.bits(genome)
         whole = Counter(b for b in bits.values() if b != FLOAT)
@@ -68,10 +67,8 @@ class World:
         usual = whole.most_common(1)[0][0]
         others: dict[str, Any] = {key: "float" if b == FLOAT else b for key, b in bits.items() if b != usual}
         step = Quantize(weights=usual, embeddings=True, per_layer=others)  # type: ignore[arg-type]
-        if method:
-            return (dataclasses.replace(step, method=method),)
-        few = min(whole) <= 4
-        return (dataclasses.replace(step, method=self.weights.method if few else "rtn"),)
+        usual_method: Method = self.weights.method if min(whole) <= FITTED else "rtn"
+        return (dataclasses.replace(step, method=method or usual_method),)
 
 
 def _shared(genome: Genome) -> tuple[Pass, ...]:

@@ -89,6 +89,9 @@ def compile_command(
     calibration: Annotated[
         Path | None, typer.Option(help="Data for passes that measure: a text, or token ids in .npy or .safetensors.")
     ] = None,
+    budget: Annotated[
+        str, typer.Option(help="Bounds to keep by choosing what each layer becomes: size=40MB,latency=5ms,max_kl=0.05.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Compile a model and save the artefact."""
@@ -106,6 +109,7 @@ def compile_command(
     with watched(not as_json) as progress:
         chosen = Target(target, max_length=max_length)
         options: dict[str, Any] = {"passes": names, "calibration": data, "threads": threads, "progress": progress}
+        options["budget"] = budget or None
         compiled = build(module, example, target=chosen, **options)
     with compiled:
         compiled.save(output)
