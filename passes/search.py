@@ -85,7 +85,7 @@ class Search(Recipe):
         judge = Judge(worlds, samples)
         table = make_table(judge, program, machine, self.widths, self.distance, self.context)
         settings = Settings(self.generations, self.offspring, self.seconds)
-        goal = Goal(table, judge, budget, settings, self.seed)
+        goal = Goal(table, judge, budget, settings, self.seed, self.widths)
         result = self._kept(goal, program, machine)
         result.seconds = perf_counter() - began
         return Expansion(result.passes, (*told, *notes(goal, result)), {"search": facts(goal, result)})

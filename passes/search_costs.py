@@ -39,7 +39,8 @@ class SiteCosts:
     fixed_size: float = 0.0
     fixed_seconds: float = 0.0
     fixed_state: float = 0.0
-    timed: bool = False
+    reference: float = 0.0
+    """Seconds of a step of the first model."""
 
 
 def measure(world: World, original: Program, machine: Machine | None, widths: Sequence[int], context: int) -> SiteCosts:
@@ -53,7 +54,7 @@ def measure(world: World, original: Program, machine: Machine | None, widths: Se
     single = [alone(model) for model in models]
     steps = machine.steps(single, DECODE, context)
     prints = [machine.footprint(program) for program in single]
-    costs = SiteCosts(timed=True)
+    costs = SiteCosts(reference=steps[0].seconds)
     fixed_seconds, fixed_sizes = [], []
     seconds: dict[tuple[object, int], list[float]] = defaultdict(list)
     for genome, model, step, found in zip(genomes, models, steps, prints, strict=True):
@@ -143,6 +144,11 @@ class Owners:
             for n, site in enumerate(self.world.sites.inner[i]):
                 parts = layer.sites[DECODE].of_kind(site.kind) if DECODE in layer.sites else []
                 self.slots[i, n] = tuple(dict.fromkeys(slot for part, _ in parts for slot in slots_of(part)))
+
+
+def reference(world: World, original: Program, widths: Sequence[int]) -> Program:
+    """The first of the models that were timed, to see how fast the machine is at another time."""
+    return alone(_made(world, original, _rotated(world.sites, (FLOAT, *widths), 0)))
 
 
 def _rotated(sites: Sites, levels: Sequence[int], shift: int) -> Genome:

@@ -44,6 +44,7 @@ class Goal:
     budget: Budget
     settings: Settings
     seed: int
+    widths: tuple[int, ...]
     tighter: dict[str, float] = field(default_factory=dict)
 
     def reach(self) -> Genome:

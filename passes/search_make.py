@@ -35,11 +35,14 @@ def make_table(
             return Table.load(folder / FILE)
         kept.drop(key)
     worlds: list[WorldTable] = []
+    costs: list[SiteCosts] = []
     losses: Losses | None = None
     for number, world in enumerate(judge.worlds):
         losses = replace_one(judge, number, widths, distance, losses)
-        worlds.append(_world(world, losses, measure(world, original, machine, widths, context), widths, distance))
-    table = Table(timed_on, bool(timed_on), judge.original().perplexity, context, tuple(worlds))
+        costs.append(measure(world, original, machine, widths, context))
+        worlds.append(_world(world, losses, costs[-1], widths, distance))
+    seconds = float(costs[0].reference)
+    table = Table(timed_on, bool(timed_on), judge.original().perplexity, context, seconds, tuple(worlds))
     if kept.limit and knobs.REUSE.get() != "0":
         with suppress(OSError):
             made = kept.workplace()

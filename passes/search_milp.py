@@ -154,12 +154,13 @@ def _solve(
     upper = [1.0] * len(equal) + [0.0] * len(below) + [bound for _, bound in limits]
     lower = [1.0] * len(equal) + [-np.inf] * (len(rows) - len(equal))
     binaries = len(made.keys)
+    # Some versions write to stdout when they presolve, and programmes of this size are no slower without.
     found = optimize.milp(
         np.array(goal),
         integrality=np.array([1] * binaries + [0] * slacks),
         bounds=optimize.Bounds(np.zeros(count), np.array([1.0] * binaries + [np.inf] * slacks)),
         constraints=optimize.LinearConstraint(matrix.tocsr(), np.array(lower), np.array(upper)),
-        options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+        options={"mip_rel_gap": GAP, "time_limit": SECONDS, "presolve": False},
     )
     return found.x
 

@@ -11,7 +11,7 @@ from sylvester.compiler.pipeline import Pass, Pipeline
 from sylvester.compiler.program import Program
 from sylvester.compiler.progress import report
 from sylvester.compiler.recipe import Machine
-from sylvester.passes.search_costs import DECODE, alone
+from sylvester.passes.search_costs import DECODE, alone, reference
 from sylvester.passes.search_goal import UNIFORM, Goal
 from sylvester.passes.search_milp import minimise
 from sylvester.passes.search_solve import KL, PERPLEXITY
@@ -30,7 +30,8 @@ CLOSE = 0.1
 class Result:
     """`predicted` by the table and by the whole model unrewritten, `found` of what was built, by field of a budget.
 
-    `over` has the bounds that are broken, as measured / bound.
+    `over` has the bounds that are broken, as measured / bound. `drift`: how much longer the machine takes for the same
+    step than when the table was made.
     """
 
     genome: Genome
@@ -38,6 +39,7 @@ class Result:
     predicted: dict[str, float]
     found: dict[str, float]
     over: dict[str, float] = field(default_factory=dict)
+    drift: float = 1.0
     seconds: float = 0.0
 
     @staticmethod
@@ -49,6 +51,7 @@ class Result:
         predicted = dict(used(goal.table.costs(genome))) | {KL: loss.score, PERPLEXITY: math.expm1(loss.rise)}
         made = Pipeline(passes, check=False)(program)
         compared = quality.compare(program, made, goal.judge.samples)
+        drift = 1.0
         found = {KL: compared.kl, PERPLEXITY: compared.perplexity / compared.perplexity_before - 1}
         if machine is None:
             found |= {"size": float(made.weights.nbytes)}
@@ -56,11 +59,13 @@ class Result:
             footprint = machine.footprint(made)
             found |= {"size": float(footprint.size), "memory": float(footprint.running)}
         if goal.table.timed and machine is not None:
-            found["latency"] = machine.steps([alone(made)], DECODE, goal.table.context)[0].seconds
+            known = reference(goal.judge.worlds[0], program, goal.widths)
+            steps = machine.steps([alone(made), known], DECODE, goal.table.context)
+            found["latency"], drift = steps[0].seconds, steps[1].seconds / goal.table.reference
         bounds = goal.budget.bounds
         over = {name: found[name] / bound for name, bound in bounds.items() if bound and found.get(name, 0.0) > bound}
         report("rewrite and measure", 1, 1)
-        return Result(genome, passes, predicted, found, over)
+        return Result(genome, passes, predicted, found, over, drift)
 
 
 def notes(goal: Goal, result: Result) -> tuple[str, ...]:
@@ -73,17 +78,18 @@ def notes(goal: Goal, result: Result) -> tuple[str, ...]:
         f"model, {found[KL]:.3g} after rewriting; perplexity {found[PERPLEXITY]:+.2%}",
         f"search: {predicted['size'] / 1e6:.3f} MB predicted, {found['size'] / 1e6:.3f} MB stored",
     ]
-    told += [_timing(found["latency"], predicted["latency"])] if "latency" in found else []
+    told += [_timing(found["latency"], predicted["latency"], result.drift)] if "latency" in found else []
     told += [f"search: {name} is over its bound by {share - 1:.1%}" for name, share in result.over.items()]
     reused = f", {goal.judge.notebook.reused} known before" if goal.judge.notebook.reused else ""
     told.append(f"search: {goal.judge.evaluations} models scored{reused}, in {result.seconds:.0f} s")
     return tuple(told)
 
 
-def _timing(found: float, predicted: float) -> str:
-    ratio = found / predicted - 1
+def _timing(found: float, predicted: float, drift: float) -> str:
+    ratio = found / (predicted * drift) - 1
     off = f"{abs(ratio):.0%} {'more' if ratio > 0 else 'less'} than predicted"
     told = f"search: a step takes {found * 1e3:.4g} ms, predicted {predicted * 1e3:.4g} ms"
+    told += f" when the machine took {1 / drift:.2f} of the time it takes now" if abs(drift - 1) > CLOSE / 2 else ""
     return f"{told}: {'as predicted' if abs(ratio) <= CLOSE else off}"
 
 
@@ -93,6 +99,7 @@ def facts(goal: Goal, result: Result) -> dict[str, object]:
         "genome": str(result.genome),
         "predicted": result.predicted,
         "measured": result.found,
+        "drift": result.drift,
         "by single changes": goal.table.loss(result.genome).score,
     }
     return {

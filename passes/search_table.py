@@ -108,12 +108,16 @@ class WorldTable:
 
 @dataclass(frozen=True)
 class Table:
-    """`timed`: whether seconds were measured, on `machine`; `perplexity` is that of the original on the data."""
+    """`timed`: whether seconds were measured, on `machine`; `perplexity` is that of the original on the data.
+
+    `reference`: seconds of a step of the first model of `search_costs`, with caches of `context` tokens.
+    """
 
     machine: str
     timed: bool
     perplexity: float
     context: int
+    reference: float
     worlds: tuple[WorldTable, ...]
 
     def world(self, genome: Genome) -> WorldTable:

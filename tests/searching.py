@@ -33,7 +33,7 @@ def toy(layers: int = 3, seed: int = 0, bits: tuple[int, ...] = (32, 8, 0), shar
         losses = [random.random()] if share and i else []
         made.append(Layer((place(f"a {i}"), place(f"f {i}")), tuple(Loss(n, n) for n in losses)))
     world = WorldTable("plain", 50.0, 2.0, 7.0, (place("head", droppable=False),), tuple(made))
-    return Table("toy", True, 10.0, 128, (world,))
+    return Table("toy", True, 10.0, 128, 1.0, (world,))
 
 
 def every_genome(table: Table) -> Iterator[Genome]:

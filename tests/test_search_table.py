@@ -41,7 +41,7 @@ def test_the_least_loss_is_that_of_enumeration(bounds, seed):
 
 def test_six_layers_of_four_variants():
     table = toy(6, 3, bits=(32, 8, 4, 0), share=False)
-    thin = Table("", True, 10.0, 128, (_one_site(table.worlds[0]),))
+    thin = Table("", True, 10.0, 128, 1.0, (_one_site(table.worlds[0]),))
     for size in (150, 250, 400):
         found = solve(thin, Budget(size=size))
         assert table_score(thin, found) == pytest.approx(
@@ -104,7 +104,7 @@ def test_an_impossible_budget_names_the_bound_and_the_nearest_point(bounds, word
 
 def test_a_latency_cannot_be_kept_without_times():
     table = toy(2)
-    untimed = Table("", False, 10.0, 128, table.worlds)
+    untimed = Table("", False, 10.0, 128, 1.0, table.worlds)
     with pytest.raises(sv.CompileError, match="cannot be measured here"):
         solve(untimed, Budget(latency=1.0))
     assert solve(untimed, Budget(max_kl=0.5)).parts
