@@ -43,7 +43,8 @@ def padded(n: Any) -> Any:
 
 def sum_floats(m: int | None, n: Index) -> Index:
     """Floats of the partial sums of `sparse_linear`; m rows, or None for an open number."""
-    return padded(n) * (PARTS * min(FEW_ROWS, FEW_ROWS if m is None else m))
+    floats: Index = padded(n) * (PARTS * min(FEW_ROWS, FEW_ROWS if m is None else m))
+    return floats
 
 
 def pack_columns(weight: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

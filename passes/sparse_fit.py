@@ -102,7 +102,8 @@ def _result(edge: Edge, site: Site, walk: Walk, sample: int) -> Tensor:
     zeroed = _zeroed(edge, site, walk, sample)
     if site.gated is None:
         return _computed(site.reader, walk, sample, x=zeroed)
-    return zeroed * walk.values(site.up)[sample]
+    product: Tensor = zeroed * walk.values(site.up)[sample]
+    return product
 
 
 def _zeroed(edge: Edge, site: Site, walk: Walk, sample: int) -> Tensor:
