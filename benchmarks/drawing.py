@@ -20,7 +20,8 @@ class Bar:
     bound: float | None = None
 
 
-def bars(groups: Mapping[str, Sequence[Bar]]) -> str:
+def bars(groups: Mapping[str, Sequence[Bar]], form: str = "{:.2f} ms") -> str:
+    """`form` writes the number of a bar, which is milliseconds unless it says otherwise."""
     lines: list[str] = []
     y = 10
     for title, group in groups.items():
@@ -28,19 +29,19 @@ def bars(groups: Mapping[str, Sequence[Bar]]) -> str:
         slowest = max(bar.milliseconds for bar in group)
         for bar in group:
             y += LINE
-            lines += drawn(bar, LONGEST / slowest, y)
+            lines += drawn(bar, LONGEST / slowest, y, form)
         y += LINE + 12
     style = 'font-family="system-ui, sans-serif" font-size="13"'
     frame = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}" {style}>'
     return "\n".join([frame, '<rect width="100%" height="100%" fill="white"/>', *lines, "</svg>"]) + "\n"
 
 
-def drawn(bar: Bar, scale: float, y: int) -> list[str]:
+def drawn(bar: Bar, scale: float, y: int, form: str) -> list[str]:
     width, colour = scale * bar.milliseconds, OURS if bar.ours else PEERS
     lines = [
         text(10, y + 13, bar.label),
         f'<rect x="{LEFT}" y="{y + 2}" width="{width:.1f}" height="14" rx="2" fill="{colour}"/>',
-        text(LEFT + 6 + width, y + 13, f"{bar.milliseconds:.2f} ms"),
+        text(LEFT + 6 + width, y + 13, form.format(bar.milliseconds)),
     ]
     if bar.bound:
         x = LEFT + scale * bar.bound
