@@ -70,18 +70,24 @@ def runner(compiled: Compiled, entry: str, inputs: Sequence[np.ndarray]) -> Call
 
 
 def race(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds by name; each runs for a while before it is timed, as threads and caches settle."""
+    """Seconds by name: the median over rounds of the best of several calls, which other programs did not interrupt.
+
+    Each runs for a while before it is timed, as threads and caches settle.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
             until = time.perf_counter() + WARM / 4
             while time.perf_counter() < until:
                 call()
-            for _ in range(12):
-                start = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - start)
+            times[name].append(min(_seconds(call) for _ in range(12)))
     return {name: statistics.median(found) for name, found in times.items()}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def speed(threads: int) -> None:
