@@ -29,7 +29,7 @@ from sylvester.passes.sparsify_activations import SparsifyActivations
 
 ROOT = Path(__file__).parents[1]
 MODEL, HELD_OUT = ROOT / "examples/models/novels-7m", ROOT / "examples/data/wuthering-heights.txt"
-SHAPES = {"shipped LM": (192, 512, 16), "1024 x 2816": (1024, 2816, 4)}
+SHAPES = {"shipped LM": (192, 512, 16), "1024 x 2816": (1024, 2816, 2)}
 """Width, hidden features, and how many such parts follow each other, so that weights come from where they do in use."""
 SPARSITIES, LEVELS = (0.5, 0.7), (0.25, 0.5, 0.7)
 PROMPT, ROUNDS, WARM = 128, 15, 0.2
