@@ -64,10 +64,17 @@ class MemoryPlan:
 
 
 def memory_plan(
-    program: Program, manifest: Manifest, stored: Mapping[str, Deferred], arenas: Mapping[str, Arena]
+    program: Program,
+    manifest: Manifest,
+    stored: Mapping[str, Deferred],
+    arenas: Mapping[str, Arena],
+    rows: int | None = None,
 ) -> MemoryPlan:
-    """Entries share one arena, and the state of a call serves all of them."""
-    given = {name: {size.name: n for size, n in arena.hints.items()} for name, arena in arenas.items()}
+    """Entries share one arena, and the state of a call serves all of them.
+
+    `rows` takes the place of every size without a maximum, such as the batch, instead of that of the example.
+    """
+    given = {name: {size.name: rows or n for size, n in arena.hints.items()} for name, arena in arenas.items()}
     longest = {name: given[name] | _longest(manifest.entries[name]) for name in arenas}
     arena, longest_arena = (
         max((arenas[name].nbytes(sizes[name]) for name in arenas), default=0) for sizes in (given, longest)

@@ -34,6 +34,7 @@ LEAST_GAIN = 0.02
 """Part of the KL that a rotation must take away: less is noise."""
 FITTED = 16
 """Samples that trial weights are fitted to."""
+LEAST = {"tokens": 2, "rounds": 0, "generations": 0, "offspring": 1, "distance": 0, "context": 1}
 ATTEMPTS = 4
 """How often a budget is made tighter where what was built breaks it."""
 
@@ -42,14 +43,16 @@ ATTEMPTS = 4
 class Search(Recipe):
     """Chooses passes that keep `budget`.
 
-    `tokens` of the calibration data score every choice, `generations` of `offspring` models refine it, for at most
-    `seconds` if that is given. Blocks may share the matrices of one up to `distance` before. `widths` are the bits that
-    weights may have. Steps are timed with caches of `context` tokens. `seed` makes it repeatable.
+    `tokens` of the calibration data score every choice; `rounds` of changes to the best model and `generations` of
+    `offspring` refine it, these for at most `seconds` if that is given. Blocks may share the matrices of one up to
+    `distance` before. `widths` are the bits that weights may have. Steps are timed with caches of `context` tokens.
+    `seed` makes it repeatable.
     """
 
     name: str = "search"
     budget: Budget | None = None
     tokens: int = 4096
+    rounds: int = 2
     generations: int = 20
     offspring: int = 16
     seconds: float | None = None
@@ -61,7 +64,14 @@ class Search(Recipe):
     def __post_init__(self) -> None:
         if not isinstance(self.budget, Budget):
             raise TypeError(f"budget is a {type(self.budget).__name__}, expected a Budget")
-        for option, least in (("tokens", 2), ("generations", 0), ("offspring", 1), ("distance", 0), ("context", 1)):
+        for option, least in (
+            ("tokens", 2),
+            ("rounds", 0),
+            ("generations", 0),
+            ("offspring", 1),
+            ("distance", 0),
+            ("context", 1),
+        ):
             found = getattr(self, option)
             if isinstance(found, bool) or not isinstance(found, int) or found < least:
                 raise ValueError(f"{option} is {found!r}, expected a whole number from {least}")
@@ -84,7 +94,7 @@ class Search(Recipe):
         worlds, told = self._worlds(program, samples)
         judge = Judge(worlds, samples)
         table = make_table(judge, program, machine, self.widths, self.distance, self.context)
-        settings = Settings(self.generations, self.offspring, self.seconds)
+        settings = Settings(self.generations, self.offspring, self.seconds, self.rounds)
         goal = Goal(table, judge, budget, settings, self.seed, self.widths)
         result = self._kept(goal, program, machine)
         result.seconds = perf_counter() - began

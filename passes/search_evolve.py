@@ -142,11 +142,12 @@ def with_bits(genome: Genome, block: int, number: int, bits: int) -> Genome:
 
 @dataclass(frozen=True)
 class Settings:
-    """`seconds` None: until the generations are done."""
+    """`seconds` None: until the generations are done. `rounds` of `search_descend` come first."""
 
     generations: int = 20
     offspring: int = 16
     seconds: float | None = None
+    rounds: int = 2
 
 
 @dataclass
@@ -165,8 +166,9 @@ def evolve(
     samples: int,
     random: Random,
     settings: Settings,
+    anchor: Callable[[Genome], object] = str,
 ) -> Evolution:
-    """From the best of some genomes on; `mutation` gives the changes of a world."""
+    """From the best of some genomes on; `mutation` gives the changes of a world, `anchor` hears what they change."""
     began = perf_counter()
     losses = {genome: fitness(genome, None) for genome in dict.fromkeys(starts)}
     best = min(losses, key=lambda genome: (losses[genome], str(genome)))
@@ -175,6 +177,7 @@ def evolve(
     for generation in range(settings.generations):
         if settings.seconds is not None and perf_counter() - began > settings.seconds:
             break
+        anchor(found.best)
         report(f"evolve, best KL {found.loss:.4g}", generation, settings.generations)
         children = _children(found.best, mutation(found.best.world), seen, settings.offspring)
         for count, kept in STAGES:

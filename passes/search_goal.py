@@ -10,6 +10,7 @@ from random import Random
 from sylvester.compiler.budget import Budget
 from sylvester.compiler.genome import Genome
 from sylvester.compiler.progress import report
+from sylvester.passes.search_descend import descend
 from sylvester.passes.search_evolve import Mutation, Samples, Settings, evolve
 from sylvester.passes.search_judge import Judge
 from sylvester.passes.search_milp import RISE, SCORE
@@ -117,12 +118,12 @@ class Goal:
     def _evolved(self, first: Genome, limits: Mapping[str, float]) -> Genome:
         random = Random(self.seed)
         mutations = [Mutation(self.table, n, dict(limits), random) for n in range(len(self.table.worlds))]
+        self.judge.anchor(first)
+        first = descend(first, self.table, self._fitness, limits, self.settings.rounds, self.judge.anchor)
         starts = [first, *self._others(first, limits), *self._uniform(mutations)]
         starts += [g for _ in range(RESTARTS) if (g := mutations[first.world].restart()) is not None]
-        self.judge.anchor(first)
-        found = evolve(
-            starts, self._fitness, lambda world: mutations[world], len(self.judge.samples), random, self.settings
-        )
+        count, changes = len(self.judge.samples), mutations.__getitem__
+        found = evolve(starts, self._fitness, changes, count, random, self.settings, self.judge.anchor)
         return found.best
 
     def _others(self, first: Genome, limits: Mapping[str, float]) -> list[Genome]:

@@ -83,6 +83,13 @@ class _Programme:
 
         return [shares(0, a) | shares(site, -a) for site in range(1, sites) for a in (1.0, -1.0)]
 
+    def differing(self, genome: Genome, most: int) -> tuple[dict[int, float], float]:
+        """A row: all but so many sites are as in the genome."""
+        same = [(-1, n, bits, 0) for n, bits in enumerate(genome.outer)]
+        for i, (parts, distance) in enumerate(zip(genome.parts, genome.shares, strict=True)):
+            same += [(i, n, bits, distance) for n, bits in enumerate(parts)]
+        return {self.at[key]: -1.0 for key in same}, float(most - len(same))
+
     def genome(self, values: Sequence[float], world: int) -> Genome:
         taken = [key for key, value in zip(self.keys, values, strict=False) if value > 0.5]
         outer = tuple(bits for block, _, bits, _ in taken if block < 0)
@@ -96,11 +103,19 @@ class _Programme:
 
 
 def minimise(
-    table: WorldTable, world: int, objective: Mapping[str, float], limits: Mapping[str, float]
+    table: WorldTable,
+    world: int,
+    objective: Mapping[str, float],
+    limits: Mapping[str, float],
+    near: tuple[Genome, int] | None = None,
 ) -> Genome | None:
-    """The genome with the least weighted sum of `QUANTITIES` within the limits; None when there is none."""
+    """The genome with the least weighted sum of `QUANTITIES` within the limits; None when there is none.
+
+    `near` a genome: at most so many sites may differ from it.
+    """
     made = _Programme(table)
     rows = [_within(made, name, limit) for name, limit in limits.items()]
+    rows += [made.differing(*near)] if near else []
     values = _solve(made, _weighted(made, objective), rows, 0)
     return None if values is None else made.genome(values, world)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from random import Random
 
 import pytest
 
 from sylvester.compiler.budget import Budget
 from sylvester.compiler.genome import DROPPED
+from sylvester.passes.search_descend import descend
 from sylvester.passes.search_evolve import UNTOUCHED, Mutation, Settings, evolve
 from sylvester.passes.search_solve import solve
 from sylvester.passes.search_table import used
@@ -86,6 +88,37 @@ def test_no_genome_is_scored_twice_on_the_same_samples():
 
     search(table, fitness, {"size": 600.0}, generations=10)
     assert len(seen) == len(set(seen))
+
+
+def coupled(table):
+    """Neighbouring dropped parts lose more than the sum of both, which single changes do not show."""
+
+    def fitness(genome, _):
+        gone = [DROPPED in parts for parts in genome.parts]
+        pairs = sum(a and b for a, b in pairwise(gone))
+        return table.loss(genome).score + 2.0 * pairs
+
+    return fitness
+
+
+def test_changes_to_the_model_at_hand_lower_a_loss_that_is_no_sum():
+    table = toy(8, 6, bits=BITS, share=False)
+    limits = {"latency": 3.4}
+    start, fitness = solve(table, Budget(**limits)), coupled(table)
+    found = descend(start, table, fitness, limits, 4)
+    assert fitness(found, None) < fitness(start, None)
+    assert table.costs(found).latency <= 3.4
+    assert descend(start, table, fitness, limits, 0) == start
+    # Where losses do add up there is nothing to gain.
+    assert descend(start, table, lambda g, _: table.loss(g).score, limits, 2) == start
+
+
+def test_blocks_that_share_stay_as_they_are():
+    table = toy(5, 3, bits=(32, 8))
+    start = solve(table, Budget(size=620))
+    assert any(start.shares)
+    found = descend(start, table, lambda g, _: table.loss(g).score, {"size": 620.0}, 2)
+    assert found.shares == start.shares
 
 
 def test_time_ends_it():
