@@ -131,9 +131,10 @@ def curves(program: Program, costs: Mapping[str, float]) -> Iterator[Point]:
         for gone in range(1, layers // 2 + 1):
             step = SkipLayers(speedup=layers / (layers - gone), rule=rule)
             yield point(program, f"layers, {rule}", step, gone / layers, gone * whole)
-    for kind, static in (("FFN, adaptive", False), ("FFN, static", True)):
-        for target in TARGETS:
-            step = SkipFFN(target=target, cold_start=COLD[0], cold_end=COLD[1], static=static)
+    ways: dict[str, dict[str, Any]] = {"FFN, paper": {}, "FFN, single": {"max_run": 1}, "FFN, static": {"static": True}}
+    for kind, options in ways.items():
+        for target in [t for t in TARGETS if t <= 0.3 or not options]:
+            step = SkipFFN(target=target, cold_start=COLD[0], cold_end=COLD[1], **options)
             yield point(program, kind, step, target, target * layers * costs["ffn"])
     for least in (14, 12, 10, 8):
         schedule = DepthSchedule(min_layers=least, length=WINDOW)

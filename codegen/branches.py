@@ -1,6 +1,6 @@
-"""Run-time branches of a plan: what only one `add_where` reads is not run when its mask has no row set.
+"""Run-time branches of a plan: what only one `add_unless` reads is not run when every row skips it.
 
-y = x + where(m, f(x), 0)   ->   y = x; if any(m): y = x + where(m, f(x), 0)
+y = where(n > 0, x, x + f(x))   ->   y = x; if any(n <= 0): y = where(n > 0, x, x + f(x))
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sylvester.compiler.program import Entry, is_weight
 if TYPE_CHECKING:
     from sylvester.codegen.lowering import Lowering
 
-ADD_WHERE = torch.ops.sylvester.add_where.default
+ADD_UNLESS = torch.ops.sylvester.add_unless.default
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Opened:
 
     flag: str
     x: Lazy
-    mask: Lazy
+    left: Lazy
     total: Buffer
 
 
 def branches(entry: Entry) -> dict[fx.Node, fx.Node]:
-    """Node -> the `add_where` that alone needs it; the sums themselves are in it too, where anything else is."""
+    """Node -> the `add_unless` that alone needs it; the sums themselves are in it too, where anything else is."""
     found: dict[fx.Node, fx.Node] = {}
-    for end in entry.calls(ADD_WHERE):
+    for end in entry.calls(ADD_UNLESS):
         inside = _inside(end)
         if len(inside) > 1:
             found |= dict.fromkeys(inside, end)
@@ -45,13 +45,13 @@ def branches(entry: Entry) -> dict[fx.Node, fx.Node]:
 
 
 def _inside(end: fx.Node) -> set[fx.Node]:
-    """What is only needed for the second operand of a sum and comes after its mask, and the sum."""
-    x, part, mask = (a for a in end.args if isinstance(a, fx.Node))
+    """What is only needed for the second operand of a sum and comes after its counts, and the sum."""
+    x, part, left = (a for a in end.args if isinstance(a, fx.Node))
     inside, waiting = {end}, [part]
     while waiting:
         node = waiting.pop()
-        own = node.op == "call_function" and node not in (x, mask) and all(u in inside for u in node.users)
-        if own and mask < node and node not in inside:
+        own = node.op == "call_function" and node not in (x, left) and all(u in inside for u in node.users)
+        if own and left < node and node not in inside:
             inside.add(node)
             waiting += node.all_input_nodes
     return inside
@@ -63,12 +63,12 @@ def open_branch(lowering: Lowering, end: fx.Node, inside: set[fx.Node]) -> Opene
         made = lowering.value_of(node)
         if isinstance(made, Lazy):
             lowering.kept(made)
-    x, mask = (lowering.value_of(end.args[n]) for n in (0, 2))  # type: ignore[arg-type]
-    lowering.reduce("max", (index(1),), mask.shape, mask.dtype, lambda _, i: mask.load(i))
+    x, left = (lowering.value_of(end.args[n]) for n in (0, 2))  # type: ignore[arg-type]
+    lowering.reduce("min", (index(1),), left.shape, left.dtype, lambda _, i: left.load(i))
     flag = lowering.plan.steps[-1].buffer  # type: ignore[union-attr]
     total = lowering.buffer("arena", x.shape, x.dtype)
     lowering.plan.steps.append(Store(total.name, x.shape, x.dtype, x.load, total.offset))
-    return Opened(flag, x, mask, total)
+    return Opened(flag, x, left, total)
 
 
 def _read_from_outside(inside: set[fx.Node]) -> Iterator[fx.Node]:
@@ -77,19 +77,19 @@ def _read_from_outside(inside: set[fx.Node]) -> Iterator[fx.Node]:
 
 
 def close_branch(lowering: Lowering, opened: Opened, part: Lazy) -> Lazy:
-    """The rows of the mask get what the branch computed."""
+    """The rows that do not skip it get what the branch computed."""
     total = opened.total
-    store = Store(total.name, total.shape, total.dtype, sum_where(opened.x, part, opened.mask), total.offset)
+    store = Store(total.name, total.shape, total.dtype, sum_unless(opened.x, part, opened.left), total.offset)
     lowering.plan.steps.append(store)
     return of_buffer(total)
 
 
-def sum_where(x: Lazy, part: Lazy, mask: Lazy) -> Any:
-    """x + part where the mask of the row is set, else x."""
+def sum_unless(x: Lazy, part: Lazy, left: Lazy) -> Any:
+    """x where the row skips the part, else x + part."""
 
     def load(i: Indices) -> Expr:
         own = x.load(i)
-        is_set = Call("gt", (mask.load(i[:-1]), Constant(0.0, "f32")), "b8")
-        return Call("where", (is_set, Call("add", (own, part.at(i)), own.dtype), own), own.dtype)
+        skips = Call("gt", (left.load(i[:-1]), Constant(0.0, "f32")), "b8")
+        return Call("where", (skips, own, Call("add", (own, part.at(i)), own.dtype)), own.dtype)
 
     return load

@@ -130,7 +130,7 @@ def as_strided(tensor: Lazy) -> Strided | None:
 class Store:
     """buffer[place(i)] = make(i) for every i in `shape`; `label`: the node it is for and its module, or several.
 
-    `guard` of any step: the buffer of the flag [1] that must be above 0 for it to run.
+    `guard` of any step: the buffer of the number [1] that must not be above 0 for it to run.
     """
 
     buffer: str

@@ -191,7 +191,7 @@ class _Entry:
             steps = [(number, self._step(number, kernel)) for number, kernel in run]
             if guard:
                 writer = max(n for n, kernel in enumerate(self.kernels) if guard in kernel.writes)
-                yield f"  SV_MEET({steps[0][0]}, {writer});\n  if ({guard}[0] > 0) {{"
+                yield f"  SV_MEET({steps[0][0]}, {writer});\n  if ({guard}[0] <= 0) {{"
             yield from (text for _, text in steps)
             if guard:
                 yield "  }"

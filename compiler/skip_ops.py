@@ -1,4 +1,4 @@
-"""Dialect ops for parts that some tokens skip: when the stream is saturated, and a sum over the other tokens only."""
+"""Dialect ops for parts that some tokens skip: for how many layers a token skips them, and a sum over the others."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from sylvester.compiler.ops import elementwise_cost, op
 @op(
     cost=elementwise_cost,
     examples=(
-        ((2, 3, 8), (2, 3, 8), None, 0.1),
-        ((1, 5, 7), (1, 5, 7), (1, 5), -2.0),
-        ((2, 3, 8), (2, 3, 8), None, 2.0),
+        ((2, 3, 8), (2, 3, 8), None, 0.1, 2.0),
+        ((1, 5, 7), (1, 5, 7), (1, 5), -2.0, 3.0),
+        ((2, 3, 8), (2, 3, 8), None, 2.0, 1.0),
     ),
 )
-def unsaturated(before: Tensor, after: Tensor, active: Tensor | None, threshold: float) -> Tensor:
-    """Tokens that go on: 1 where cos(before, after) < threshold and `active` is above 0, else 0.
+def layers_to_skip(before: Tensor, after: Tensor, left: Tensor | None, threshold: float, run: float) -> Tensor:
+    """left - 1 for tokens that skip this layer (left > 0); else `run` where cos(before, after) >= threshold, or 0.
 
-    before and after [batch, tokens, features] are the stream around a part, active and the result [batch, tokens] in
-    the dtype of the stream. A token whose stream is 0 is saturated (FFN-SkipLLM, Jaiswal et al., 2024).
+    before and after [batch, tokens, features] are the stream around a part, left and the result [batch, tokens] in the
+    dtype of the stream. A token whose stream is 0 is saturated (FFN-SkipLLM, Jaiswal et al., 2024).
     """
     dot = (before * after).sum(-1)
     bound = threshold * torch.sqrt(before.square().sum(-1) * after.square().sum(-1))
-    found = (dot < bound).to(before.dtype)
-    return found if active is None else torch.where(active > 0, found, torch.zeros_like(found))
+    found = (dot >= bound).to(before.dtype) * run
+    return found if left is None else torch.where(left > 0, left - 1, found)
 
 
 @op(cost=elementwise_cost, examples=(((2, 3, 8), (2, 3, 8), (2, 3)), ((1, 5, 7), (1, 5, 7), (1, 5))))
-def add_where(x: Tensor, part: Tensor, active: Tensor) -> Tensor:
-    """x + part for tokens that are active (above 0), x for the others; x, part [batch, tokens, features]."""
-    return torch.where(active.unsqueeze(-1) > 0, x + part, x)
+def add_unless(x: Tensor, part: Tensor, left: Tensor) -> Tensor:
+    """x for tokens with left > 0, x + part for the others; x, part [batch, tokens, features], left [batch, tokens]."""
+    return torch.where(left.unsqueeze(-1) > 0, x, x + part)

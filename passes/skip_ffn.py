@@ -24,7 +24,7 @@ from sylvester.passes import skip_curve
 from sylvester.passes.depth import Depth, edited, require_phase
 from sylvester.passes.options import require_count, require_fraction
 from sylvester.passes.similarity import mean_cosines
-from sylvester.passes.skip_ffn_graph import Masks, insert_masks, usable
+from sylvester.passes.skip_ffn_graph import Counts, insert_counts, usable
 
 WARM = "decode_warm"
 TARGET = 0.25
@@ -37,7 +37,8 @@ class SkipFFN(Pass):
     """Skip `target` of all feed-forward parts, or where the cosine of the streams around one reaches `threshold`.
 
     A target (0.25 when neither is given) is calibrated on data. The first `cold_start` and the last `cold_end` layers
-    always run (-1: an eighth of all, rounded up), and everything does for the first `warmup` generated tokens. `static`
+    always run (-1: an eighth of all, rounded up), and everything does for the first `warmup` generated tokens. A token
+    skips the rest of the layers between, as in the paper, or at most `max_run` of them before one runs again. `static`
     leaves out the same parts for every token: those whose mean cosine is highest.
     """
 
@@ -48,6 +49,7 @@ class SkipFFN(Pass):
     cold_start: int = AUTO
     cold_end: int = AUTO
     warmup: int = 5
+    max_run: int = 0
     static: bool = False
 
     def __post_init__(self) -> None:
@@ -57,7 +59,7 @@ class SkipFFN(Pass):
             require_fraction("target", self.target)
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float, type(None))):
             raise TypeError(f"threshold is {self.threshold!r}, expected a cosine")
-        for option, least in (("cold_start", AUTO), ("cold_end", AUTO), ("warmup", 0)):
+        for option, least in (("cold_start", AUTO), ("cold_end", AUTO), ("warmup", 0), ("max_run", 0)):
             require_count(option, getattr(self, option), least)
         if not isinstance(self.static, bool):
             raise TypeError(f"static is {self.static!r}, expected True or False")
@@ -86,12 +88,13 @@ class SkipFFN(Pass):
             return self._statically(program, layers, region)
         gates = usable(region, changes)
         warm = program.entries[DECODE].clone()
-        masks = insert_masks(program.entries[DECODE], gates, 1.0 if self.threshold is None else float(self.threshold))
+        threshold = 1.0 if self.threshold is None else float(self.threshold)
+        counts = insert_counts(program.entries[DECODE], gates, threshold, self.max_run or len(layers))
         samples = program.calibration.fit[:SAMPLES] if program.calibration else ()
         if self.threshold is None:
-            tried = self._calibrate(program, masks, samples, len(layers), changes)
-            skip_curve.record(changes, before, _variants(program, masks, tried))
-        _record(program, masks, samples, len(layers), changes)
+            tried = self._calibrate(program, counts, samples, len(layers), changes)
+            skip_curve.record(changes, before, _variants(program, counts, tried))
+        _record(program, counts, samples, len(layers), changes)
         if self.warmup:
             program.entries[WARM] = warm
             remember(program.info, [Stage(WARM), Stage(DECODE, generated=self.warmup)])
@@ -109,7 +112,8 @@ class SkipFFN(Pass):
 
     def _require_reachable(self, region: int, layers: int) -> None:
         """One part of the region always runs: what it does to the stream is what is measured."""
-        most = (region - (not self.static)) / layers
+        rests = region if self.static else region - -(-region // (self.max_run + 1)) if self.max_run else region - 1
+        most = rests / layers
         wanted = TARGET if self.target is None else self.target
         if wanted > most:
             raise CompileError(
@@ -118,20 +122,20 @@ class SkipFFN(Pass):
             )
 
     def _calibrate(
-        self, program: Program, masks: Masks, samples: Sequence[Sample], layers: int, changes: Changes
+        self, program: Program, counts: Counts, samples: Sequence[Sample], layers: int, changes: Changes
     ) -> dict[float, float]:
         """The threshold that skips the wanted share of all parts, by bisection; share -> threshold tried, up to it."""
         wanted = TARGET if self.target is None else self.target
-        self._require_reachable(len(masks.gates), layers)
+        self._require_reachable(len(counts.gates), layers)
         low, high, tried = -1.0, 1.0, dict[float, float]()
         for step in range(STEPS):
             report(STAGE, step, STEPS)
             middle = (low + high) / 2
-            masks.set_threshold(middle)
-            share = sum(masks.shares(program, samples)) / layers
+            counts.set_threshold(middle)
+            share = sum(counts.shares(program, samples)) / layers
             tried[share] = middle
             low, high = (middle, high) if share > wanted else (low, middle)
-        masks.set_threshold(high)
+        counts.set_threshold(high)
         changes.note(f"threshold {high:.6f} for a target of {wanted:g}")
         return {share: threshold for share, threshold in tried.items() if 0 < share <= wanted} | {wanted: high}
 
@@ -154,18 +158,18 @@ class SkipFFN(Pass):
         return changes
 
 
-def _variants(program: Program, masks: Masks, tried: Mapping[float, float]) -> Iterator[tuple[float, Program]]:
+def _variants(program: Program, counts: Counts, tried: Mapping[float, float]) -> Iterator[tuple[float, Program]]:
     """The program at some of the thresholds that were tried, the last one chosen at the end."""
     shares = sorted(tried)
     for share in [shares[n - 1] for n in skip_curve.parts(len(shares))]:
-        masks.set_threshold(tried[share])
+        counts.set_threshold(tried[share])
         yield share, program
 
 
-def _record(program: Program, masks: Masks, samples: Sequence[Sample], layers: int, changes: Changes) -> None:
+def _record(program: Program, counts: Counts, samples: Sequence[Sample], layers: int, changes: Changes) -> None:
     """What each layer skips on calibration data."""
-    shares = masks.shares(program, samples) if samples else [math.nan] * len(masks.gates)
-    for gate, share in zip(masks.gates, shares, strict=True):
+    shares = counts.shares(program, samples) if samples else [math.nan] * len(counts.gates)
+    for gate, share in zip(counts.gates, shares, strict=True):
         changes.apply("ffn", gate.layer.path)
         if samples:
             changes.figure(gate.layer.path, "share of tokens that skip the FFN", share)

@@ -1,4 +1,4 @@
-"""The masks of `SkipFFN` in a graph: which tokens still run feed-forward parts, layer after layer."""
+"""The counts of `SkipFFN` in a graph: for how many layers each token skips feed-forward parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from sylvester.compiler.region import sum_of
 from sylvester.compiler.stages import DECODE
 
 MADE_BY = "skip-ffn"
-MASK = "skip-ffn mask"
 
 
 @dataclass(frozen=True)
@@ -60,55 +59,49 @@ def _gate(layer: Layer) -> Gate | Refusal:
     return Gate(layer, segment.start, segment.end, part.writer, total, other)
 
 
-class Masks:
-    """The masks of the layers after the first, [batch, tokens] each, in a graph that can be run with any threshold."""
+class Counts:
+    """The counts of the layers after the first, [batch, tokens] each, in a graph that can be run with any threshold."""
 
-    def __init__(self, entry: Entry, gates: Sequence[Gate], masks: Sequence[fx.Node]) -> None:
-        self.entry, self.gates, self.masks = entry, list(gates), list(masks)
+    def __init__(self, entry: Entry, gates: Sequence[Gate], counts: Sequence[fx.Node]) -> None:
+        self.entry, self.gates, self.counts = entry, list(gates), list(counts)
 
     def set_threshold(self, threshold: float) -> None:
-        for mask in self.masks:
-            mask.args = (*mask.args[:3], threshold)
+        for count in self.counts:
+            count.args = (*count.args[:3], threshold, count.args[4])
 
     def shares(self, program: Program, samples: Sequence[Sample]) -> list[float]:
         """The share of the tokens of the samples that skip the feed-forward part of each gate."""
         probe = self.entry.clone()
         names = {node.name: node for node in probe.graph.nodes}
-        probe.graph.output_node().args = ((*(names[mask.name] for mask in self.masks),),)
-        probe.outputs = [Output("output", f"{MASK} {n}") for n in range(len(self.masks))]
-        skipped, tokens = torch.zeros(len(self.masks), dtype=torch.float64), 0
+        probe.graph.output_node().args = ((*(names[count.name] for count in self.counts),),)
+        probe.outputs = [Output("output", f"left {n}") for n in range(len(self.counts))]
+        skipped, tokens = torch.zeros(len(self.counts), dtype=torch.float64), 0
         for sample in samples:
             found = _run(program, probe, sample)
-            skipped += torch.stack([(mask <= 0).double().sum() for mask in found])
+            skipped += torch.stack([(left > 0).double().sum() for left in found])
             tokens += found[0].numel()
         return [0.0, *(float(n) / max(tokens, 1) for n in skipped)]
 
 
-def insert_masks(entry: Entry, gates: Sequence[Gate], threshold: float) -> Masks:
-    """Each sum but the first goes on for the tokens that no layer before it found saturated."""
-    masks: list[fx.Node] = []
+def insert_counts(entry: Entry, gates: Sequence[Gate], threshold: float, run: int) -> Counts:
+    """Each sum but the first is left out for tokens that a layer before it found saturated, `run` layers long."""
+    counts: list[fx.Node] = []
     for number, gate in enumerate(gates):
-        end = gate.end
-        if masks:
-            total = entry.emit(
-                skip_ops.add_where.target, gate.other, gate.part, masks[-1], before=gate.total, made_by=MADE_BY
-            )
+        end, left = gate.end, counts[-1] if counts else None
+        if left is not None:
+            operands = (gate.other, gate.part, left)
+            total = entry.emit(skip_ops.add_unless.target, *operands, before=gate.total, made_by=MADE_BY)
             entry.replace(gate.total, total)
             end = total if gate.end is gate.total else gate.end
         if number + 1 < len(gates):
-            before = masks[-1] if masks else None
-            start = gate.start
-            masks.append(
-                entry.emit(
-                    skip_ops.unsaturated.target, start, end, before, threshold, before=end.next, made_by=MADE_BY
-                )
-            )
+            given = (gate.start, end, left, threshold, float(run))
+            counts.append(entry.emit(skip_ops.layers_to_skip.target, *given, before=end.next, made_by=MADE_BY))
     entry.sweep()
-    return Masks(entry, gates, masks)
+    return Counts(entry, gates, counts)
 
 
 def _run(program: Program, probe: Entry, sample: Sample) -> list[Tensor]:
-    """The masks of a sample, its tokens read one after another through empty caches."""
+    """The counts of a sample, its tokens read one after another through empty caches."""
     given = {"past": torch.tensor(0)} | dict(sample)
     sources = {"input": given, "weight": program.weights, "state": empty_state(program, probe, sample)}
     arguments = [sources[binding(n).kind][binding(n).key] for n in probe.placeholders()]

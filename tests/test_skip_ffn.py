@@ -14,7 +14,7 @@ from sylvester.compiler.calibration import Calibration
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.ops import attention, kv_update
 from sylvester.compiler.pipeline import Pipeline
-from sylvester.compiler.skip_ops import add_where, unsaturated
+from sylvester.compiler.skip_ops import add_unless, layers_to_skip
 from sylvester.compiler.stages import DECODE
 from sylvester.compiler.verify import verify
 from sylvester.passes import DepthSchedule, Quantize, RotateHadamard, SkipFFN
@@ -42,7 +42,7 @@ def test_a_threshold_above_one_changes_no_bit(name):
     program = rewritten(name, SkipFFN(threshold=1.5, **ALL))
 
     verify(program)
-    assert len(program.entries[DECODE].calls(add_where.target)) == zoo.case(name).blocks - 1
+    assert len(program.entries[DECODE].calls(add_unless.target)) == zoo.case(name).blocks - 1
     assert torch.equal(decoded(program, tokens), decoded(traced(name), tokens))
 
 
@@ -56,19 +56,28 @@ def test_a_threshold_of_minus_one_runs_one_part(name):
     torch.testing.assert_close(decoded(program, tokens), decoded(dropped, tokens), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("run", "gone"), [(1, (1, 3)), (2, (1, 2))])
+def test_a_run_ends_after_so_many_parts(run, gone):
+    tokens = ids()
+    program = rewritten("llama-gqa", SkipFFN(threshold=-1.0, max_run=run, **ALL))
+    dropped = rewritten("llama-gqa", sv.passes.DropSublayers(ffn=gone, phase="decode"))
+
+    torch.testing.assert_close(decoded(program, tokens), decoded(dropped, tokens), rtol=1e-4, atol=1e-4)
+
+
 def test_attention_and_caches_are_those_of_every_layer():
     program = rewritten("llama-gqa", SkipFFN(threshold=0.9, **ALL))
 
     assert len(program.entries[DECODE].calls(attention.target)) == 4
     assert len(program.entries[DECODE].calls(kv_update.target)) == 8
-    assert not program.entries["prefill"].calls(add_where.target)
+    assert not program.entries["prefill"].calls(add_unless.target)
 
 
 def test_cold_layers_always_run():
     program = rewritten("opt", SkipFFN(threshold=-1.0, cold_start=1, cold_end=2, warmup=0))
 
-    assert len(program.entries[DECODE].calls(add_where.target)) == 1  # five layers, two of them between, one runs
-    assert len(program.entries[DECODE].calls(unsaturated.target)) == 1
+    assert len(program.entries[DECODE].calls(add_unless.target)) == 1  # five layers, two of them between, one runs
+    assert len(program.entries[DECODE].calls(layers_to_skip.target)) == 1
 
 
 @pytest.mark.parametrize("target", [0.2, 0.5])
@@ -94,7 +103,7 @@ def test_static_parts_are_the_same_for_every_token():
     step = SkipFFN(target=0.5, static=True, cold_start=1, cold_end=0)
     program, ledger = Pipeline((step,)).run(calibrated("llama-gqa"))
 
-    assert not program.entries[DECODE].calls(add_where.target)
+    assert not program.entries[DECODE].calls(add_unless.target)
     assert len(program.info["skipped"]["decode"]["ffn"]) == 2
     assert 0 not in program.info["skipped"]["decode"]["ffn"]
     assert len(ledger.rows[0].changes.figures) == 3
