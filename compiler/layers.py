@@ -226,8 +226,9 @@ def _matched(wanted: Sequence[tuple[int, Part, Keys]], lines: Sequence[Parts]) -
 def _grouped(wanted: Sequence[tuple[int, Part, Keys]], line: Parts) -> tuple[list[Segment], dict[int, _Group]]:
     """Parts by the number of their layer: those of an entry are a subsequence of those of the main entry."""
     at, groups = 0, dict[int, _Group]()
+    mine = {key for _, _, keys in wanted for key in keys}
     for part, segment in line[1]:
-        keys = _keys(part)
+        keys = tuple(key for key in _keys(part) if key in mine)
         place = next((i for i in range(at, len(wanted)) if wanted[i][2] == keys), None)
         if place is not None:
             number, known, _ = wanted[place]

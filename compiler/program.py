@@ -209,6 +209,19 @@ class Program:
 
         return huggingface_export.export(self, folder, stock=stock)
 
+    def rewrite(self, passes: Any, calibration: Any = None) -> Program:
+        """The program after passes and recipes, given as to `compile`; this one stays as it is.
+
+        Recipes choose without timing the target. Every pass is verified; one that breaks its contract is an error.
+        """
+        from sylvester.compiler import resolve, samples
+        from sylvester.compiler.pipeline import Pipeline
+
+        program = self.clone()
+        if (given := samples.listed(calibration)) is not None:
+            program.calibration = samples.parse(program, given)
+        return Pipeline(resolve.expand(resolve.resolve_passes(passes), program, None).passes)(program)
+
     def nodes(self) -> Iterator[tuple[str, fx.Node]]:
         for name, entry in self.entries.items():
             yield from ((name, node) for node in entry.graph.nodes)

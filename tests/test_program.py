@@ -12,6 +12,7 @@ from sylvester.compiler.program import Program, StateSlot, binding
 from sylvester.compiler.trace import capture
 from sylvester.compiler.verify import verify
 from sylvester.compiler.weights import ParameterStore, merge_tied
+from tests.graphs import LINEAR, decoder
 
 aten = torch.ops.aten
 
@@ -131,3 +132,12 @@ def test_a_mutating_op_is_refused(program):
 
     with pytest.raises(InvalidProgram, match="op mutates its input"):
         verify(program)
+
+
+def test_rewrite_takes_what_compile_takes_and_leaves_the_program_alone():
+    program = decoder(blocks=3)
+    rewritten = program.rewrite(["drop-sublayers(ffn=(1,))", "fold-norms"])
+
+    assert len(rewritten.main.calls(LINEAR)) == len(program.main.calls(LINEAR)) - 2
+    assert "block1.up.weight" in program.weights
+    assert "block1.up.weight" not in rewritten.weights
