@@ -31,7 +31,7 @@ def descend(
 ) -> Genome:
     """A genome that is better than `start` and keeps the limits, or `start`; `anchor` hears what is changed."""
     best, loss, most = start, fitness(start, None), MOST
-    for number in range(rounds):
+    for number in range(rounds if loss > 0 else 0):
         anchor(best)
         world = _Around(best, table, fitness, number, rounds).table()
         while most:

@@ -175,7 +175,7 @@ def evolve(
     found = Evolution(best, losses[best], [losses[best]])
     seen = {str(genome) for genome in losses}
     for generation in range(settings.generations):
-        if settings.seconds is not None and perf_counter() - began > settings.seconds:
+        if found.loss <= 0 or (settings.seconds is not None and perf_counter() - began > settings.seconds):
             break
         anchor(found.best)
         report(f"evolve, best KL {found.loss:.4g}", generation, settings.generations)

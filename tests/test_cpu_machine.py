@@ -44,7 +44,7 @@ def test_bytes_are_those_of_the_stored_weights(model):
     assert found.size == sum(found.stored.values()) < language_model().weights.nbytes / 3
     assert halved
     assert found.running > found.size + found.state > found.size
-    # 4 layers, keys and values, 2 heads of 16 features, 128 tokens, bfloat16
+    # One row: 4 layers, keys and values, 2 heads of 16 features, 128 tokens, bfloat16.
     assert found.state == 4 * 2 * 2 * 16 * 128 * 2
 
 
