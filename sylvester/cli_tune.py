@@ -83,9 +83,8 @@ def problems_of(model: str, passes: list[str]) -> Problems:
     from sylvester.compiler.resolve import expand, resolve_passes
 
     program = trace(*load_model(model))
-    steps, _ = expand(resolve_passes(passes), program, None)
-    program = Pipeline(steps)(program)
-    return program_problems(program)
+    steps = expand(resolve_passes(passes), program, None).passes
+    return program_problems(Pipeline(steps)(program))
 
 
 def _formats(problems: Problems) -> set[str]:
