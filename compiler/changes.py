@@ -58,9 +58,9 @@ class Became:
 class Changes:
     """The record of one pass, in order.
 
-    `notes` are decisions the ledger prints, `figures` what was measured on calibration data, `layers` what layers became.
-    `bases` says how an exact pass changed what a state slot means: the new content of the slot is the function of the
-    old. `renamed` says which slot has which name now, for slots that a pass renumbered.
+    `notes` are decisions the ledger prints, `figures` what was measured on calibration data, `layers` what layers
+    became. `bases` says how an exact pass changed what a state slot means: the new content of the slot is the function
+    of the old. `renamed` says which slot has which name now, for slots that a pass renumbered.
     """
 
     applied: list[Applied] = field(default_factory=list)

@@ -81,7 +81,8 @@ def compile(
 
     `calibration` is data that passes fit to and that lossy passes are measured on: texts, token ids [tokens] or
     [batch, tokens], tuples of inputs or dicts by name. The last quarter is held back for measuring only.
-    `budget` has what each layer becomes searched for, after `passes`, within bounds on size, latency, memory and quality.
+    With a `budget`, what each layer becomes is searched for after `passes`, within bounds on size, latency, memory and
+    quality.
     """
     _refuse_untaken(draft=draft)
     report = progress or silent
@@ -192,9 +193,8 @@ def _searched(budget: Budget | str | Mapping[str, Any] | None, calibration: obje
         return ()
     wanted = Budget.parse(budget)
     if calibration is None:
-        raise CompileError(
-            f"a {wanted} is kept by measuring on calibration data, and there is none", hint="compile(..., calibration=texts)"
-        )
+        hint = "compile(..., calibration=texts)"
+        raise CompileError(f"a {wanted} is kept by measuring on calibration data, and there is none", hint=hint)
     return (registry.resolve(SEARCH)(budget=wanted),)
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from sylvester.codegen.linear import linear_text
-from sylvester.codegen.panels import pack_f32 as pack
 from sylvester.codegen.matmul import matmul
+from sylvester.codegen.panels import pack_f32 as pack
 from tests.kernel_harness import export, load, run, strides, supported, team
 
 SOURCE = (
