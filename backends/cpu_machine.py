@@ -77,8 +77,7 @@ class CpuMachine(Machine):
         names = {entry: [use.name for use in uses] for entry, uses in compiled.weights.items()}
         stored, held = lasting.tensors(compiled.weights)
         made = manifest(program, self.target, weights=names)
-        made = manifest(program, self.target, weights=names)
-        plan = memory_plan(program, made, stored, compiled.unit.arenas, rows=1)
+        plan = memory_plan(program, made, stored | held, compiled.unit.arenas, rows=1)
         layouts = {layout.name: layout for uses in compiled.weights.values() for layout in uses}
         by_keys: dict[tuple[str, ...], int] = {}
         for name, tensor in stored.items():

@@ -17,7 +17,7 @@ FILE = "numbers.json"
 
 
 class Notebook:
-    """Lists of numbers by name. Without room in the cache folder, or with reuse off, they last as long as this object."""
+    """Lists of numbers by name. Without room in the cache folder, or with reuse off, they last only as long as this."""
 
     def __init__(self, about: Iterable[str]) -> None:
         self._store = store(KIND)
