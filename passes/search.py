@@ -25,6 +25,8 @@ from sylvester.passes.search_judge import Judge
 from sylvester.passes.search_make import make_table
 from sylvester.passes.search_result import Result, facts, notes
 from sylvester.passes.search_solve import broken
+from sylvester.passes.search_solve import solve as solve
+from sylvester.passes.search_table import Table as Table
 from sylvester.passes.search_world import World
 
 WIDTHS = (16, 8, 4, 3)

@@ -24,6 +24,7 @@ from sylvester.passes.search_weights import replaced_weights
 from sylvester.passes.search_world import World
 
 DECODE = "decode"
+SHORT_BYTES = 2
 At = tuple[int, int]
 """Block (-1: outside), number of the site in it."""
 
@@ -83,7 +84,7 @@ def _stored(world: World, owners: Owners, levels: Sequence[int]) -> SiteCosts:
         costs.private[at] = float(sum(world.program.weights[key].nbytes for key in owners.private[at]))
         total -= costs.size[at, FLOAT] + costs.private[at]
     costs.fixed_size = total
-    slots = {name: float(_nbytes(world.program, name)) / 2 for name in world.program.state}
+    slots = {name: _shortened(world.program, name) for name in world.program.state}
     for at in owners.sites:
         costs.state[at] = sum(slots[name] for name in owners.slots.get(at, ()))
     costs.fixed_state = sum(slots.values()) - sum(costs.state.values())
@@ -232,6 +233,12 @@ def _states(costs: SiteCosts, owners: Owners, whole: Footprint) -> None:
     for at in owners.sites:
         costs.state[at] = scale * sum(slots[name] for name in owners.slots.get(at, ()))
     costs.fixed_state = whole.running - whole.size - sum(costs.state.values())
+
+
+def _shortened(program: Program, name: str) -> float:
+    """Bytes of a slot for one row once its floats are bfloat16."""
+    slot = program.state[name]
+    return _nbytes(program, name) * min(slot.dtype.itemsize, SHORT_BYTES) / slot.dtype.itemsize
 
 
 def _nbytes(program: Program, name: str) -> int:

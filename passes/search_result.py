@@ -53,12 +53,11 @@ class Result:
         compared = quality.compare(program, made, goal.judge.samples)
         drift = 1.0
         found = {KL: compared.kl, PERPLEXITY: compared.perplexity / compared.perplexity_before - 1}
-        if machine is None:
+        if machine is None or not goal.table.timed:
             found |= {"size": float(made.weights.nbytes)}
         else:
             footprint = machine.footprint(made)
             found |= {"size": float(footprint.size), "memory": float(footprint.running)}
-        if goal.table.timed and machine is not None:
             known = reference(goal.judge.worlds[0], program, goal.widths)
             steps = machine.steps([alone(made), known], DECODE, goal.table.context)
             found["latency"], drift = steps[0].seconds, steps[1].seconds / goal.table.reference

@@ -78,7 +78,9 @@ def _main_only(program: Program) -> Program:
 
 def replaced_weights(program: Program, rounded: Program) -> dict[str, tuple[int, tuple[str, ...]]]:
     """Key of each weight that was rounded -> its bits, and the keys of the numbers and scales in its place."""
-    pairs = zip(program.main.calls(LINEAR, EMBEDDING), rounded.main.calls(LINEAR, EMBEDDING, *READERS), strict=True)
+    pairs = zip(
+        program.main.calls(LINEAR, EMBEDDING, *READERS), rounded.main.calls(LINEAR, EMBEDDING, *READERS), strict=True
+    )
     found: dict[str, tuple[int, tuple[str, ...]]] = {}
     for old, new in pairs:
         weight = arguments(old)["weight"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import sylvester as sv
-from sylvester.compiler import knobs
+from sylvester.backends.cpu import Cpu
+from sylvester.compiler import compile_cache, knobs
 from sylvester.compiler.budget import Budget
 from sylvester.compiler.genome import DROPPED, FLOAT, Genome
 from sylvester.compiler.layers import find_layers
@@ -13,6 +16,8 @@ from sylvester.compiler.pipeline import Pipeline
 from sylvester.compiler.progress import watching
 from sylvester.compiler.recipe import Footprint, Machine, Step
 from sylvester.compiler.supernet import Supernet
+from sylvester.compiler.target import Target
+from sylvester.passes.quantize import Quantize
 from sylvester.passes.search import Search
 from sylvester.passes.search_costs import measure
 from sylvester.passes.search_judge import Judge
@@ -91,6 +96,21 @@ def test_a_budget_given_to_compile_is_searched_after_the_passes(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         sv.compile(case.model, case.inputs, budget="size=40kB", calibration=list(own_text("llama-tied", 4, 24)))
     assert seen == [Budget(size=40_000)]
+
+
+def test_the_budget_decides_what_is_reused(kept):
+    def key(size):
+        return compile_cache.key(Path(__file__), None, None, Target(), [Search(budget=Budget(size=size))], Cpu())
+
+    assert key(1).text != key(2).text
+    assert key(1).text == key(1).text != ""
+
+
+def test_what_is_rounded_already_is_left_alone(program):
+    rounded = Pipeline((Quantize(8, per_layer={"*.mlp.*": "float", "*embed*": "float"}),), check=False)(program)
+    found = expand(rounded, size=rounded.weights.nbytes / 2).facts["search"]
+    assert found["chosen"]["measured"]["size"] <= rounded.weights.nbytes / 2
+    assert {layer["attention"] for layer in found["layers"]} <= {"float", "dropped"}
 
 
 def _stop():
