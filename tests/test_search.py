@@ -124,6 +124,12 @@ def test_only_the_loss_bounded_the_cheapest_is_taken(program):
     assert loose["measured"]["size"] < tight["measured"]["size"] < program.weights.nbytes
 
 
+def test_perplexity_is_bounded_on_whole_models(program):
+    found = expand(program, max_perplexity_increase="1%").facts["search"]["chosen"]
+    assert found["measured"]["max_perplexity_increase"] <= 0.01
+    assert found["measured"]["size"] < program.weights.nbytes
+
+
 def test_costs_are_those_of_the_machine(program):
     world = World.of(program, "plain", ())
     costs = measure(world, program, Fake(), (8, 4), 16)
