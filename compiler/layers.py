@@ -7,40 +7,19 @@ their parts read, so an entry may lack layers that another has.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
-
-from torch import fx
+from dataclasses import dataclass, replace
 
 from sylvester.compiler.dataflow import Dataflow, Segment
 from sylvester.compiler.errors import CompileError, module_path
-from sylvester.compiler.parts import Part, find_parts, plain_parts
+from sylvester.compiler.layer_lines import Group, Line, Site
+from sylvester.compiler.parts import Part, plain_parts
 from sylvester.compiler.program import Program, binding, is_weight
 from sylvester.compiler.structure import Stack, discover
 
-ORDER = ("attention", "cross_attention", "mixer", "conv", "ffn")
-"""Kinds of parts that change a layer, in the order they have within one."""
 START = "start"
+"""The entry that is derived from `prefill`."""
 NUMBERS = "layers"
 """Key of `Program.info`: the original numbers of the layers that are left, once one is gone."""
-"""The entry that is derived from `prefill`."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """A layer in one entry: it takes the stream from `start` to `end` through `parts`, each with its segment."""
-
-    start: fx.Node
-    end: fx.Node
-    parts: tuple[tuple[Part, Segment], ...]
-
-    def of_kind(self, kind: str) -> list[tuple[Part, Segment]]:
-        return [pair for pair in self.parts if pair[0].kind == kind]
-
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """The state slots that its parts read."""
-        return tuple(dict.fromkeys(key for part, _ in self.parts for key in slots_of(part)))
 
 
 @dataclass(frozen=True)
@@ -63,14 +42,6 @@ class Layer:
         return module_path(self.main.end) or str(self.index)
 
 
-@dataclass
-class _Group:
-    """Parts that belong together, and the segments after the last of them that still do."""
-
-    parts: list[tuple[Part, Segment]] = field(default_factory=list)
-    tail: int = 0
-
-
 def find_layers(program: Program) -> tuple[Layer, ...]:
     """All layers, stack after stack; `CompileError` when the program has no repeated blocks."""
     main = next(name for name, entry in program.entries.items() if entry is program.main)
@@ -86,7 +57,8 @@ def find_layers(program: Program) -> tuple[Layer, ...]:
         for name in program.entries
         if name not in (main, START)
     }
-    numbers = program.info.get(NUMBERS) or range(len(groups))
+    known = program.info.get(NUMBERS, ())
+    numbers = known if len(known) == len(groups) else range(len(groups))
     return tuple(
         Layer(
             index,
@@ -100,93 +72,16 @@ def find_layers(program: Program) -> tuple[Layer, ...]:
     )
 
 
-def _lines(program: Program, flow: Dataflow, stacks: Sequence[Stack]) -> list[_Line]:
+def _lines(program: Program, flow: Dataflow, stacks: Sequence[Stack]) -> list[Line]:
     """Layers along every spine: one begins where a kind of part does not come after the one before.
 
     Where equal blocks have a kind twice the blocks are the layers, unless parts were dropped and the count tells.
     """
     known = program.info.get(NUMBERS)
-    lines = [_Line.of(program, flow, source, stacks, whole=known is None) for source in flow.sources()]
+    lines = [Line.of(program, flow, source, stacks, whole=known is None) for source in flow.sources()]
     if known is None or sum(len(line.groups) for line in lines) == len(known):
         return lines
-    return [_Line.of(program, flow, source, stacks, whole=True) for source in flow.sources()]
-
-
-@dataclass
-class _Line:
-    """The segments along one spine, and the layers on it."""
-
-    segments: list[Segment]
-    groups: list[_Group]
-
-    @staticmethod
-    def of(program: Program, flow: Dataflow, source: fx.Node, stacks: Sequence[Stack], *, whole: bool) -> _Line:
-        segments = flow.segments(source)
-        ends = {segment.end for segment in segments}
-        own = [stack for stack in stacks if stack.blocks[-1].end in ends and stack.spine[0] is source]
-        if not own:
-            return _Line(segments, [])
-        kinds: dict[str, tuple[str, ...]] = {}
-        found = [(find_parts(program, flow, segment, kinds), segment) for segment in segments]
-        others = {s.end for stack in stacks if stack not in own for block in stack.blocks for s in block.segments}
-        working = [(parts, s) for parts, s in found if s.end not in others and any(p.kind in ORDER for p in parts)]
-        macaron = next((stack for stack in own if whole and _is_macaron(stack, [s for _, s in working])), None)
-        line = _Line(segments, _by_block(working, macaron) if macaron else _by_kind(working))
-        line.measure_tails()
-        return line
-
-    def measure_tails(self) -> None:
-        """What follows the last part of a layer up to the next layer is its own; of the last layer what is alike."""
-        for group, after in pairwise(self.groups):
-            group.tail = self._at(after.parts[0][1]) - self._at(group.parts[-1][1]) - 1
-        if len(self.groups) < 2:
-            return
-        last, before = self.groups[-1], self.groups[-2]
-        models = self.segments[self._at(before.parts[-1][1]) + 1 :][: before.tail]
-        tail = self.segments[self._at(last.parts[-1][1]) + 1 :][: before.tail]
-        if [s.digest for s in models] == [s.digest for s in tail]:
-            last.tail = before.tail
-
-    def site(self, number: int) -> Site:
-        group = self.groups[number]
-        end = self.segments[self._at(group.parts[-1][1]) + group.tail].end
-        return Site(group.parts[0][1].start, end, tuple(group.parts))
-
-    def _at(self, segment: Segment) -> int:
-        return next(i for i, s in enumerate(self.segments) if s.end is segment.end)
-
-
-def _is_macaron(stack: Stack, working: Sequence[Segment]) -> bool:
-    """Whether all parts are in equal blocks that have a kind twice without being several equal layers."""
-    kinds = stack.blocks[0].kinds
-    ends = {s.end for block in stack.blocks for s in block.segments}
-    if not kinds or any(segment.end not in ends for segment in working):
-        return False
-    period = next(n for n in range(1, len(kinds) + 1) if tuple(kinds[:n]) * (len(kinds) // n) == tuple(kinds))
-    return len(set(kinds[:period])) < period
-
-
-def _by_kind(working: Sequence[tuple[list[Part], Segment]]) -> list[_Group]:
-    """A new layer begins where a kind does not come after the one before."""
-    groups: list[_Group] = []
-    rank = len(ORDER)
-    for parts, segment in working:
-        ranks = [ORDER.index(p.kind) for p in parts if p.kind in ORDER]
-        if min(ranks) <= rank:
-            groups.append(_Group())
-        groups[-1].parts += [(p, segment) for p in parts]
-        rank = max(ranks)
-        rank = rank if rank < len(ORDER) - 1 else len(ORDER)
-    return groups
-
-
-def _by_block(working: Sequence[tuple[list[Part], Segment]], stack: Stack) -> list[_Group]:
-    ends = {s.end: n for n, block in enumerate(stack.blocks) for s in block.segments}
-    groups: dict[int, _Group] = {}
-    for parts, segment in working:
-        if segment.end in ends:
-            groups.setdefault(ends[segment.end], _Group()).parts += [(p, segment) for p in parts]
-    return list(groups.values())
+    return [Line.of(program, flow, source, stacks, whole=True) for source in flow.sources()]
 
 
 Parts = tuple[list[Segment], list[tuple[Part, Segment]]]
@@ -217,30 +112,24 @@ def _matched(wanted: Sequence[tuple[int, Part, Keys]], lines: Sequence[Parts]) -
     found: dict[int, Site] = {}
     grouped = [_grouped(wanted, line) for line in lines]
     for segments, groups in sorted(grouped, key=lambda g: -sum(len(group.parts) for group in g[1].values())):
-        line = _Line(segments, list(groups.values()))
+        line = Line(segments, list(groups.values()))
         line.measure_tails()
         found = {number: line.site(n) for n, number in enumerate(groups)} | found
     return found
 
 
-def _grouped(wanted: Sequence[tuple[int, Part, Keys]], line: Parts) -> tuple[list[Segment], dict[int, _Group]]:
+def _grouped(wanted: Sequence[tuple[int, Part, Keys]], line: Parts) -> tuple[list[Segment], dict[int, Group]]:
     """Parts by the number of their layer: those of an entry are a subsequence of those of the main entry."""
-    at, groups = 0, dict[int, _Group]()
+    at, groups = 0, dict[int, Group]()
     mine = {key for _, _, keys in wanted for key in keys}
     for part, segment in line[1]:
         keys = tuple(key for key in _keys(part) if key in mine)
         place = next((i for i in range(at, len(wanted)) if wanted[i][2] == keys), None)
         if place is not None:
             number, known, _ = wanted[place]
-            groups.setdefault(number, _Group()).parts.append((replace(part, kind=known.kind), segment))
+            groups.setdefault(number, Group()).parts.append((replace(part, kind=known.kind), segment))
             at = place + 1
     return line[0], groups
-
-
-def slots_of(part: Part) -> tuple[str, ...]:
-    """The state slots that a part reads."""
-    operands = (u for node in part.nodes for u in node.all_input_nodes if u.op == "placeholder")
-    return tuple(dict.fromkeys(binding(u).key for u in operands if binding(u).kind == "state"))
 
 
 def chosen(layers: Sequence[Layer], numbers: Sequence[int], option: str) -> list[Layer]:

@@ -12,7 +12,8 @@ from torch import fx
 from sylvester.compiler.changes import Changes, Refusal
 from sylvester.compiler.dataflow import Segment
 from sylvester.compiler.errors import CompileError
-from sylvester.compiler.layers import START, Layer, Site
+from sylvester.compiler.layer_lines import Site
+from sylvester.compiler.layers import START, Layer
 from sylvester.compiler.parts import is_weighted
 from sylvester.compiler.program import Program, binding, is_weight
 from sylvester.compiler.region import rebind

@@ -8,7 +8,8 @@ from typing import Literal
 
 from sylvester.compiler.changes import Changes, Refusal
 from sylvester.compiler.errors import CompileError, Unsupported
-from sylvester.compiler.layers import NUMBERS, START, Layer, slots_of
+from sylvester.compiler.layer_lines import slots_of
+from sylvester.compiler.layers import NUMBERS, START, Layer
 from sylvester.compiler.printing import fact
 from sylvester.compiler.program import Program
 from sylvester.compiler.region import bypass, drop_addend

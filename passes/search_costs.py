@@ -16,7 +16,8 @@ from torch import fx
 
 from sylvester.compiler.cost import hint
 from sylvester.compiler.genome import FLOAT, Genome, Sites
-from sylvester.compiler.layers import find_layers, slots_of
+from sylvester.compiler.layer_lines import slots_of
+from sylvester.compiler.layers import find_layers
 from sylvester.compiler.pipeline import Pipeline
 from sylvester.compiler.program import Entry, Program, binding, is_weight
 from sylvester.compiler.recipe import Footprint, Machine, Step
