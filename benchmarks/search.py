@@ -47,7 +47,8 @@ SHARES = (1.0, 0.85)
 """Latencies that are compared, as shares of what uniform int4 takes; the first is where int4 itself competes."""
 PIECE = 4000
 """Characters of each text."""
-RESTARTS = 16
+RESTARTS, LONGER = 16, 30
+"""Random genomes that EvoPress begins with, and generations that take as many tokens as the table of the search."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def _evolved(setting: Setting, latency: float, settings: Settings, widths: Seque
     if not starts:
         return None
     setting.judge.anchor(setting.world.sites.genome())
-    longer = Settings(2 * settings.generations, settings.offspring)
+    longer = Settings(settings.generations + LONGER, settings.offspring)
 
     def fitness(genome: Genome, samples: tuple[int, ...] | None) -> float:
         return setting.judge.score(genome, samples).mean

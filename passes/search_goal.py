@@ -13,7 +13,7 @@ from sylvester.compiler.progress import report
 from sylvester.passes.search_descend import descend
 from sylvester.passes.search_evolve import Mutation, Samples, Settings, evolve
 from sylvester.passes.search_judge import Judge
-from sylvester.passes.search_milp import RISE, SCORE
+from sylvester.passes.search_milp import RISE, SCORE, minimise
 from sylvester.passes.search_solve import (
     KL,
     PERPLEXITY,
@@ -128,17 +128,10 @@ class Goal:
 
     def _others(self, first: Genome, limits: Mapping[str, float]) -> list[Genome]:
         """What the other worlds have to offer."""
-        alone = [
-            within(Table(**{**self.table.__dict__, "worlds": (world,)}), limits)
-            for n, world in enumerate(self.table.worlds)
-            if n != first.world
+        found = [
+            minimise(world, n, {SCORE: 1.0}, limits) for n, world in enumerate(self.table.worlds) if n != first.world
         ]
-        worlds = [n for n in range(len(self.table.worlds)) if n != first.world]
-        return [
-            Genome(genome.outer, genome.parts, genome.shares, n)
-            for n, genome in zip(worlds, alone, strict=True)
-            if genome is not None
-        ]
+        return [genome for genome in found if genome is not None]
 
     def _uniform(self, mutations: list[Mutation]) -> list[Genome]:
         made = [world.uniform(bits, n) for n, world in enumerate(self.table.worlds) for bits in UNIFORM]
