@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import copy
-import functools
 
 import torch
 from torch import Tensor, nn
 
-import sylvester as sv
 from sylvester.compiler.next_token import run
 from sylvester.compiler.pipeline import Pass, Pipeline
 from sylvester.compiler.program import Program
 from tests import zoo
 
 
-@functools.cache
 def traced(name: str) -> Program:
-    case = zoo.case(name)
-    return sv.trace(case.model, case.inputs, dynamic=case.dynamic)
+    return zoo.traced(name)
 
 
 def rewritten(name: str, *steps: Pass) -> Program:

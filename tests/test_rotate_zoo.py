@@ -41,7 +41,7 @@ DEFAULTS = {"llama-gqa": (0, 4, 8), "llama-tied": (0, 4, 8), "gpt2": (0, 4, 0), 
 @functools.cache
 def traced(name: str) -> Program:
     case = zoo.case(name)
-    return sv.trace(case.model, case.inputs, dynamic=case.dynamic)
+    return zoo.traced(case.name).clone()
 
 
 def rotate(program: Program, *passes: Pass) -> tuple[Program, Changes]:

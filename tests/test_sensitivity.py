@@ -78,7 +78,7 @@ def test_the_layer_that_counts_more_is_more_sensitive():
 
 def test_the_loss_of_the_next_token_decides_for_a_language_model():
     case = zoo.case("llama-gqa")
-    program = sv.trace(case.model, case.inputs)
+    program = zoo.traced(case.name).clone()
     ids = case.inputs["input_ids"]
     program.calibration = Calibration(({"input_ids": ids},))
     layer = next(n for n in program.main.calls(LINEAR))
@@ -120,7 +120,7 @@ def test_drift_is_one_minus_the_cosine_of_neighbours():
 
 def test_a_language_model_drifts_by_what_its_head_makes_of_the_mean():
     case = zoo.case("gpt2")
-    program = sv.trace(case.model, case.inputs)
+    program = zoo.traced(case.name).clone()
     ids = case.inputs["input_ids"]
     program.calibration = Calibration(({"input_ids": ids},))
     found = drift(program, discover(program, "prefill").stacks[0])

@@ -228,7 +228,7 @@ def test_a_combined_weight_is_not_quantised_and_thin_layers_are():
 
 def test_exact_passes_run_after_it():
     case = zoo.case("bert")
-    program = sv.trace(case.model, case.inputs)
+    program = zoo.traced(case.name).clone()
     _, ledger = Pipeline((ShareAttention(atoms=2), SplitLinears(), Equalize(), FoldNorms())).run(program)
     assert all(row.error is None or row.error < 1e-5 for row in ledger.rows[1:])
 
@@ -267,7 +267,7 @@ def test_layers_that_share_already_are_refused():
 @pytest.mark.parametrize("name", ["mlp", "resnet"])
 def test_models_without_attention(name):
     case = zoo.case(name)
-    program = sv.trace(case.model, case.inputs, dynamic=case.dynamic)
+    program = zoo.traced(case.name).clone()
     if name == "mlp":
         with pytest.raises(CompileError, match="no repeated blocks"):
             applied(program, ShareAttention())
@@ -310,7 +310,7 @@ def test_what_the_program_does_not_have():
 def test_groups_do_not_cross_stacks():
     case = zoo.case("t5")
     with pytest.raises(CompileError, match="two stacks"):
-        applied(sv.trace(case.model, case.inputs), ShareAttention(groups=((2, 3),)))
+        applied(zoo.traced(case.name).clone(), ShareAttention(groups=((2, 3),)))
 
 
 class Convolved(nn.Module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-import sylvester as sv
 from sylvester.compiler.cost import program_cost
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.pipeline import Pipeline
@@ -125,11 +124,11 @@ def test_without_data_the_ledger_says_so():
 
 def test_models_without_such_layers():
     case = zoo.case("resnet")
-    _, row = applied(sv.trace(case.model, case.inputs, dynamic=case.dynamic), ShareBasis())
+    _, row = applied(zoo.traced(case.name).clone(), ShareBasis())
     assert row.changes.refused[0].reason == "no layer of repeated blocks can share a basis"
     case = zoo.case("mlp")
     with pytest.raises(CompileError, match="share-basis found no repeated blocks"):
-        applied(sv.trace(case.model, case.inputs), ShareBasis())
+        applied(zoo.traced(case.name).clone(), ShareBasis())
 
 
 @pytest.mark.parametrize(

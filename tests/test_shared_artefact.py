@@ -75,7 +75,7 @@ def test_layers_that_share_run_beside_those_that_do_not(tmp_path):
 
 def test_a_language_model_with_caches():
     case = zoo.case("llama-gqa")
-    program = sv.trace(case.model, case.inputs)
+    program = zoo.traced(case.name).clone()
     program = Pipeline((ShareAttention(atoms=2, refine_rank=3),), check=False)(program)
     compiled = sv.compile(program, target=TARGET)
     reference = sv.compile(program, target="reference")

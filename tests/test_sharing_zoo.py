@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-import sylvester as sv
 from sylvester.compiler.pipeline import Pipeline
 from sylvester.passes.share_attention import ShareAttention
 from sylvester.passes.share_basis import ShareBasis
@@ -17,7 +16,7 @@ BOTH_MODES = ("llama-gqa", "gpt2", "bert")
 @pytest.mark.parametrize("name", [*zoo.CAUSAL, "bert", "vit", "t5", "torch-decoder"])
 def test_it_is_exact_in_full(name):
     case = zoo.case(name)
-    program = sv.trace(case.model, case.inputs, dynamic=case.dynamic)
+    program = zoo.traced(case.name).clone()
     attentions = sum(stack.blocks * sum("attention" in part for part in stack.parts) for stack in case.stacks)
     longest = max(stack.blocks for stack in case.stacks)
     passes = [ShareAttention(atoms=longest), ShareBasis(rank=1 << 20)]

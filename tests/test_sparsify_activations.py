@@ -76,7 +76,7 @@ def run(made: Program, x: Tensor, entry: str = "forward") -> Tensor:
 @pytest.fixture(scope="module")
 def llama() -> Program:
     case = zoo.case("llama-gqa")
-    made = sv.trace(case.model, case.inputs)
+    made = zoo.traced(case.name).clone()
     data = [{"input_ids": torch.randint(3, zoo.VOCAB, (2, 60))} for _ in range(8)]
     made.calibration = Calibration(tuple(data[:6]), tuple(data[6:]))
     return made
@@ -334,7 +334,7 @@ def test_text_of_the_pass():
 def test_structure_not_names(name):
     """Gated parts of every family are found, with either activation; parts without a gate are refused."""
     case = zoo.case(name)
-    made = sv.trace(case.model, case.inputs)
+    made = zoo.traced(case.name).clone()
     made.calibration = Calibration((dict(case.inputs),), ())
 
     _, changes = apply(made, EVERYWHERE)

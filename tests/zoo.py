@@ -23,6 +23,8 @@ from torch.utils import _pytree as pytree
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.pytorch_utils import Conv1D
 
+import sylvester as sv
+from sylvester.compiler.program import Program
 from tests import zoo_modules
 
 VOCAB = 199
@@ -233,6 +235,13 @@ def case(name: str) -> Case:
         randomise(model)
         inputs, *other = (entry.sample(*size) for size in SIZES)
     return Case(name, model, inputs, tuple(other), entry.stacks, entry.causal_lm, entry.dynamic)
+
+
+@functools.cache
+def traced(name: str) -> Program:
+    """The case as a Program, captured once in this process: passes edit clones of it."""
+    found = case(name)
+    return sv.trace(found.model, found.inputs, dynamic=found.dynamic)
 
 
 @torch.no_grad()
