@@ -66,14 +66,7 @@ class Search(Recipe):
     def __post_init__(self) -> None:
         if not isinstance(self.budget, Budget):
             raise TypeError(f"budget is a {type(self.budget).__name__}, expected a Budget")
-        for option, least in (
-            ("tokens", 2),
-            ("rounds", 0),
-            ("generations", 0),
-            ("offspring", 1),
-            ("distance", 0),
-            ("context", 1),
-        ):
+        for option, least in LEAST.items():
             found = getattr(self, option)
             if isinstance(found, bool) or not isinstance(found, int) or found < least:
                 raise ValueError(f"{option} is {found!r}, expected a whole number from {least}")
