@@ -177,7 +177,7 @@ def test_progress_names_the_stages():
     assert all(0 <= done <= total for _, done, total in seen)
 
 
-@pytest.mark.parametrize("option", ["draft", "budget"])
+@pytest.mark.parametrize("option", ["draft"])
 def test_options_of_other_versions_are_refused(option):
     model, inputs = tiny()
 
