@@ -21,7 +21,7 @@ from sylvester.passes.block_groups import even_groups, require_neighbours
 from sylvester.passes.share_blocks import ShareBlocks
 from tests import graphs, zoo
 
-MODELS = (*zoo.CAUSAL, "bert", "vit")
+MODELS = (*zoo.DIVERSE, "bert", "vit")
 
 
 @functools.cache

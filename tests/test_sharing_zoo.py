@@ -13,7 +13,7 @@ CLOSE = 1e-4
 BOTH_MODES = ("llama-gqa", "gpt2", "bert")
 
 
-@pytest.mark.parametrize("name", [*zoo.CAUSAL, "bert", "vit", "t5", "torch-decoder"])
+@pytest.mark.parametrize("name", [*zoo.DIVERSE, "bert", "vit", "t5", "torch-decoder"])
 def test_it_is_exact_in_full(name):
     case = zoo.case(name)
     program = zoo.traced(case.name).clone()

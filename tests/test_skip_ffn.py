@@ -36,7 +36,7 @@ def shares(changes):
     return [f.value for f in changes.figures if f.name == "share of tokens that skip the FFN"]
 
 
-@pytest.mark.parametrize("name", zoo.CAUSAL)
+@pytest.mark.parametrize("name", zoo.DIVERSE)
 def test_a_threshold_above_one_changes_no_bit(name):
     tokens = ids()
     program = rewritten(name, SkipFFN(threshold=1.5, **ALL))

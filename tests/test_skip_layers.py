@@ -53,7 +53,7 @@ def test_the_rule_by_similarity_drops_what_turns_the_stream_least():
     assert kept_similar([0.1, 0.9, 0.2, 0.8, 0.99], 5 / 3) == [0, 2, 4]
 
 
-@pytest.mark.parametrize("name", zoo.CAUSAL)
+@pytest.mark.parametrize("name", zoo.DIVERSE)
 def test_decoding_equals_a_model_of_the_kept_layers(name):
     tokens = ids()
     count = zoo.case(name).blocks
