@@ -224,7 +224,7 @@ ENTRIES: dict[str, Entry] = {
 NAMES = tuple(ENTRIES)
 CAUSAL = tuple(name for name, entry in ENTRIES.items() if entry.causal_lm)
 DIVERSE = ("llama-tied", "qwen3", "gemma", "phi", "gpt2", "gpt-neox", "opt", "odd-names")
-"""Causal LMs of which no two are alike: norms, positions, biases, tied weights, parallel parts, a model written by hand."""
+"""Causal LMs of which no two are alike: norms, positions, biases, tied weights, parallel parts, one written by hand."""
 
 
 @functools.cache
