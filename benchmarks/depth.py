@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import sylvester as sv
-from benchmarks.measure import steady
+from benchmarks.measure import settle, steady
 from benchmarks.quality.recipes import HELD, WINDOW, load, windows
 from benchmarks.suite.sylvester_engine import decode_step
 from sylvester.backends.cpu_profile import profile
@@ -55,21 +57,34 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--times-only", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--svg", type=Path)
     options = parser.parse_args()
     program = load(1, argparse.Namespace(calibration=options.calibration, samples=8, windows=options.windows))
-    with sv.compile(program) as full:
-        costs = part_times(full, len(find_layers(program)))
-        print("a step at context 256: " + ", ".join(f"{name} {1e3 * t:.3f} ms" for name, t in costs.items()))
-        timed = list(times(program, full, costs, options.runs))
-    points = list(curves(program, costs))
+    timed: dict[str, list[dict[str, Any]]] = {}
+    for name, model in {"random 110 M": large(), "shipped": program}.items():
+        with sv.compile(model) as full:
+            costs = part_times(full, len(find_layers(model)))
+            print(f"{name}, a step: " + ", ".join(f"{part} {1e3 * t:.3f} ms" for part, t in costs.items()))
+            timed[name] = list(times(model, full, costs, options.runs))
+    points = [] if options.times_only else list(curves(program, costs))
     same_quality(points)
     if options.json:
         found = {"costs": costs, "times": timed, "points": [asdict(point) for point in points]}
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     if options.svg:
         options.svg.write_text(drawing(points))
+
+
+def large() -> Program:
+    """A random Llama whose weights no cache holds, as those of larger models."""
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=768, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=12,
+        num_key_value_heads=12, max_position_embeddings=512, use_cache=False, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return sv.trace(LlamaForCausalLM(config).eval(), (torch.zeros((2, 16), dtype=torch.long),))
 
 
 def tokens(count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -120,6 +135,7 @@ def medians(steps: Sequence[Callable[[], object]], runs: int) -> list[float]:
     found: list[list[float]] = [[] for _ in steps]
     for _ in range(runs):
         for step, seconds in zip(steps, found, strict=True):
+            settle()
             seconds += steady(step)
     return [statistics.median(seconds) for seconds in found]
 
