@@ -151,7 +151,8 @@ def curves(program: Program, costs: Mapping[str, float]) -> Iterator[Point]:
     for kind, options in ways.items():
         for target in [t for t in TARGETS if t <= 0.3 or not options]:
             step = SkipFFN(target=target, cold_start=COLD[0], cold_end=COLD[1], **options)
-            yield point(program, kind, step, target, target * layers * costs["ffn"])
+            share = max(1, round(target * layers)) / layers if step.static else target
+            yield point(program, kind, step, share, share * layers * costs["ffn"])
     for least in (14, 12, 10, 8):
         schedule = DepthSchedule(min_layers=least, length=WINDOW)
         yield point(program, "depth schedule", schedule, (layers - least) / 2 / layers, (layers - least) / 2 * whole)

@@ -146,7 +146,7 @@ class SkipFFN(Pass):
         streams = [(s.start, s.end) for layer in region for _, s in layer.main.of_kind("ffn")]
         cosines = mean_cosines(program, streams)
         order = sorted(range(len(region)), key=lambda n: (-cosines[n], n))
-        left_out = [region[n] for n in sorted(order[: round(wanted * len(layers))])]
+        left_out = [region[n] for n in sorted(order[: max(1, round(wanted * len(layers)))])]
 
         def drop(depth: Depth) -> None:
             for layer in left_out:
