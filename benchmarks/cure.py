@@ -33,10 +33,11 @@ RANKED = 24
 GENERATED = 1
 """Which of the prompts of training is measured: a quarter of the window."""
 VARIANTS: dict[str, Callable[[], Pass]] = {
-    "remove 4 of 16": lambda: sv.passes.ShareBlocks(remove=0.25, keep_first=2),
+    "remove 4 of 16": lambda: sv.passes.ShareBlocks(remove=0.25),
+    "remove 4 of 16 by similarity": lambda: sv.passes.ShareBlocks(remove=0.25, keep_first=2, rank="similarity"),
     "remove 4 of 16 by gates": lambda: sv.passes.ShareBlocks(remove=0.25, keep_first=2, rank="gates"),
     "share 16 -> 12": lambda: sv.passes.ShareBlocks(12, keep_first=2),
-    "remove 2, share 14 -> 12": lambda: sv.passes.ShareBlocks(12, 0.125, keep_first=2),
+    "remove 2, share 14 -> 12": lambda: sv.passes.ShareBlocks(12, 0.125),
     "skip at 1.25x in decode": lambda: sv.passes.SkipLayers(speedup=1.25),
     "skip at 1.25x everywhere": lambda: sv.passes.SkipLayers(speedup=1.25, phase="all"),
 }
@@ -94,6 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--tail", type=float, default=0.0, help="weight of the last hidden states")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="where training runs, such as cuda")
     parser.add_argument("--work", type=Path, default=Path("build/cure"), help="checkpoints")
     parser.add_argument("--json", type=Path, help="file to write")
     return parser.parse_args()
@@ -101,16 +103,19 @@ def parse_arguments() -> argparse.Namespace:
 
 def cured(program: sv.Program, variant: str, texts: list[str], options: argparse.Namespace) -> Iterator[Cured]:
     changed, ledger = Pipeline((VARIANTS[variant](),), check=False).run(program)
-    student = Student(changed)
+    device = torch.device(options.device)
+    student = Student(changed, device=device)
     held = read(program, [HELD.read_text(encoding="utf-8")])
-    original, before = (perplexity(Student(program, staged=False), held, student), perplexity(student, held, student))
+    original = perplexity(Student(program, staged=False, device=device), held, student)
+    before = perplexity(student, held, student)
     for steps in options.steps:
         pace = Pace(variant, options.batch * options.window)
         trained = sv.finetune(
             changed, texts, steps, teacher=program, learning_rate=options.learning_rate, batch=options.batch,
-            window=options.window, tail=options.tail, checkpoint=options.work / f"{variant}-{steps}", progress=pace,
+            window=options.window, tail=options.tail, device=options.device,
+            checkpoint=options.work / f"{variant}-{steps}", progress=pace,
         )  # fmt: skip
-        after = perplexity(Student(trained), held, student)
+        after = perplexity(Student(trained, device=device), held, student)
         sizes = (program.weights.nbytes, trained.weights.nbytes)
         yield Cured(
             variant, became(ledger), original, before, after, *sizes, steps, pace.seconds, pace.tokens_per_second
@@ -128,8 +133,8 @@ def perplexity(model: Student, samples: tuple[dict[str, Tensor], ...], like: Stu
         tokens = sample["input_ids"]
         first = max(1, tokens.shape[1] // PREFIXES[GENERATED]) if like.staged else 0
         with torch.no_grad():
-            answer = model(model.program.weights, sample, GENERATED)
-        scores = answer.values["logits"][0, first - answer.first : -1].double()
+            answer = model(model.own, sample, GENERATED)
+        scores = answer.values["logits"][0, first - answer.first : -1].double().cpu()
         total += float(F.cross_entropy(scores, tokens[0, first + 1 :], reduction="sum"))
         count += len(scores)
     return float(torch.tensor(total / count).exp())

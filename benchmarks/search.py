@@ -23,7 +23,7 @@ from benchmarks.quality.recipes import CHARACTERS, HELD, MODEL, WINDOW
 from sylvester.backends.cpu import Cpu
 from sylvester.compiler import quality
 from sylvester.compiler.budget import Budget
-from sylvester.compiler.calibration import Calibration
+from sylvester.compiler.calibration import Calibration, spread
 from sylvester.compiler.genome import DROPPED, Genome
 from sylvester.compiler.layers import find_layers
 from sylvester.compiler.pipeline import Pipeline
@@ -32,7 +32,7 @@ from sylvester.compiler.progress import watching
 from sylvester.compiler.recipe import Machine
 from sylvester.compiler.samples import parse
 from sylvester.compiler.target import Target
-from sylvester.passes.search import Search, spread
+from sylvester.passes.search import Search
 from sylvester.passes.search_costs import DECODE, alone
 from sylvester.passes.search_evolve import Mutation, Settings, evolve
 from sylvester.passes.search_judge import Judge

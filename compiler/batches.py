@@ -15,7 +15,7 @@ from sylvester.compiler.program import Program, binding, value
 LEAST = 3
 """Tokens of a window: a prompt, a token to score, and the one that follows it."""
 PARTS = 4
-"""A batch is computed in so many parts at most, whatever the number of threads, so that sums are the same."""
+"""A batch is computed in so many parts on a CPU, whatever the number of threads, so that sums are the same."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,13 @@ class Part:
 
 @dataclass
 class Batches:
-    """`size` samples a step, each sample once before any comes again."""
+    """`size` samples a step in at most `parts` parts, each sample once before any comes again."""
 
     program: Program
     samples: Sequence[Sample]
     size: int
     seed: int
+    parts: int = PARTS
     _orders: dict[int, Tensor] = field(default_factory=dict)
 
     def at(self, step: int) -> list[Part]:
@@ -50,7 +51,7 @@ class Batches:
         for place, number in enumerate(numbers):
             shapes = tuple((name, t.shape) for name, t in self.samples[number].items())
             groups.setdefault(shapes if self._any_rows() else place, []).append(number)
-        most = max(1, -(-self.size // PARTS))
+        most = max(1, -(-self.size // self.parts))
         chunks = [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
         return [
             Part(tuple(chunk), self._stacked(chunk), sum(weights[n] for n in chunk) / total, step) for chunk in chunks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,3 +17,8 @@ class Calibration:
 
     fit: tuple[Sample, ...]
     held: tuple[Sample, ...] = ()
+
+
+def spread(samples: Sequence[Sample], count: int) -> tuple[Sample, ...]:
+    """So many samples at even distances."""
+    return tuple(samples[i * len(samples) // count] for i in range(count))

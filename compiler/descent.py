@@ -92,7 +92,7 @@ class Descent:
         for key, tensor in self.weights.items():
             tensor.copy_(state[f"weight/{key}"])
             if f"{MOMENTS[0]}/{key}" in state:
-                moments = {name: state[f"{name}/{key}"].clone() for name in MOMENTS}
+                moments = {name: state[f"{name}/{key}"].to(tensor.device, copy=True) for name in MOMENTS}
                 self._adam.state[tensor] = {"step": torch.tensor(float(done)), **moments}
 
 

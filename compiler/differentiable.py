@@ -15,6 +15,8 @@ from sylvester.compiler.program import Entry, Output, binding
 TAIL = "<tail>"
 """Name under which a function returns the value that its last matrix reads."""
 
+CPU = torch.device("cpu")
+Device = torch.device
 Named = Mapping[str, Tensor]
 
 
@@ -26,7 +28,7 @@ class Function:
     module: fx.GraphModule
 
     @staticmethod
-    def of(entry: Entry, wanted: Collection[str], tail: fx.Node | None = None) -> Function:
+    def of(entry: Entry, wanted: Collection[str], tail: fx.Node | None = None, device: Device = CPU) -> Function:
         """`wanted` names outputs and state slots; `tail` is a node of the entry that is returned as `TAIL`."""
         small = entry.clone()
         names = {node.name: node for node in small.graph.nodes}
@@ -38,6 +40,9 @@ class Function:
         small.sweep()
         for node in small.calls(ops.attention.target):
             node.target = fused_attention
+        for node in small.calls():
+            if makes_tensor(node):
+                node.update_kwarg("device", device)
         return Function(small, fx.GraphModule(torch.nn.Module(), small.graph))
 
     @property
@@ -50,6 +55,12 @@ class Function:
         given = [sources[binding(n).kind][binding(n).key] for n in self.entry.placeholders()]
         found = self.module(*given)
         return {output.name: value for output, value in zip(self.entry.outputs, found, strict=True)}
+
+
+def makes_tensor(node: fx.Node) -> bool:
+    """Whether an ATen op is told the device of its result."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(argument.name == "device" for argument in schema.arguments)
 
 
 def fused_attention(

@@ -7,9 +7,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sylvester.compiler.batches import PARTS, Batches, windows
 from sylvester.compiler.calibration import Calibration, Sample
 from sylvester.compiler.descent import Descent, Loss, workers
+from sylvester.compiler.differentiable import CPU
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.finished import samples_sum
 from sylvester.compiler.objectives import Imitate, NextToken, Regress, Teacher
@@ -36,6 +39,7 @@ def finetune(
     weights: str | Sequence[str] = "all",
     embeddings: bool = False,
     tail: float = 0.0,
+    device: str = "cpu",
     checkpoint: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Program:
@@ -47,37 +51,40 @@ def finetune(
 
     A step takes `batch` windows of `window` tokens, or as many samples. `weights` is "all" or patterns of keys, such
     as "*mlp*"; tables that tokens are looked up in are trained with `embeddings` only, quantised layers never. AdamW,
-    3 % warm-up, then a cosine. The order of the data depends on `seed`; PyTorch's threads are used.
+    3 % warm-up, then a cosine. The order of the data depends on `seed`. `device` is one of PyTorch's: "cpu", with all
+    threads that it may use, or "cuda".
 
-    `checkpoint` is a folder: the state is written every minute and on Ctrl-C, and the same call goes on from it with
-    the same result. `progress` is told the loss and the tokens per second. `CompileError` when the data is empty, the
-    teacher answers in another form, the loss is no finite number, or the folder holds another run.
+    `checkpoint` is a folder: the state is written every minute and on Ctrl-C, and the same call goes on from it, on
+    the CPU with the same result. `progress` is told the loss and the tokens per second. `CompileError` when the data is
+    empty, the teacher answers in another form, the loss is no finite number, PyTorch has no such device, or the
+    folder holds another run.
     """
     for name, given in (("program", program), ("teacher", teacher)):
         if not isinstance(given, Program) and (given is not None or name == "program"):
             raise TypeError(f"{name} is a {type(given).__name__}, expected a Program: sylvester.trace gives one")
     options = _checked(steps=steps, batch=batch, window=window, learning_rate=learning_rate, tail=tail)
-    student = Student(program, tail=tail > 0)
+    student = Student(program, tail=tail > 0, device=_device(device))
     samples = windows(program, _samples(program, data), window)
     if not samples:
         raise CompileError("the data has no window of at least 3 tokens", hint="give more text")
     patterns = (weights,) if isinstance(weights, str) else tuple(weights)
     choice = trainable(student, patterns, embeddings)
-    batches = Batches(program, samples, batch, seed)
+    parts = min(PARTS, batch) if student.device == CPU else 1
+    batches = Batches(program, samples, batch, seed, parts)
     loss = _objective(student, teacher, tail, repeats=steps * batch > len(samples))
     about = {name: str(value) for name, value in options.items()} | {
         "seed": str(seed), "weights": repr(patterns), "embeddings": str(embeddings), "program": program_sum(program),
         "data": samples_sum(samples), "teacher": program_sum(teacher) if teacher else "none",
     }  # fmt: skip
     kept = Checkpoint(Path(checkpoint), about) if checkpoint is not None else None
-    descent = Descent({key: program.weights[key] for key in choice.keys}, steps, learning_rate)
-    run = Run(descent, _typed(program, loss), batches, kept, progress or silent)
+    descent = Descent({key: student.own[key] for key in choice.keys}, steps, learning_rate)
+    run = Run(descent, _typed(student, loss), batches, kept, progress or silent)
     run.resume()
-    with workers(min(PARTS, batch)) as pool:
+    with workers(parts) as pool:
         run.finish(pool)
     trained = program.clone()
     for key, tensor in descent.weights.items():
-        trained.weights[key] = tensor.to(program.weights[key].dtype)
+        trained.weights[key] = tensor.to("cpu", program.weights[key].dtype)
     known = trained.info.setdefault("notes", [])
     known += [f"fine-tuning: {note}" for note in (*choice.notes, *run.notes())]
     return trained
@@ -117,11 +124,22 @@ def _objective(student: Student, teacher: Program | None, tail: float, repeats: 
     return Imitate(student, answers, tail) if student.model else Regress(student, answers)
 
 
-def _typed(program: Program, loss: Loss) -> Loss:
+def _device(name: str) -> torch.device:
+    """`CompileError` when PyTorch has no such device."""
+    if not isinstance(name, str):
+        raise TypeError(f"device is a {type(name).__name__}, expected the name of a device, such as 'cuda'")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CompileError(f"PyTorch has no device {name!r}: {reason}", hint="'cpu' is always there") from error
+
+
+def _typed(student: Student, loss: Loss) -> Loss:
     """The loss at the weights that are trained, in their own types, and all the others."""
 
     def found(weights: Any, part: Any) -> Any:
-        own = {key: tensor.to(program.weights[key].dtype) for key, tensor in weights.items()}
-        return loss(dict(program.weights) | own, part)
+        own = {key: tensor.to(student.own[key].dtype) for key, tensor in weights.items()}
+        return loss(student.own | own, part)
 
     return found

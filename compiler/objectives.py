@@ -32,7 +32,7 @@ class NextToken:
         model = cast(LanguageModel, self.student.model)
         answer = self.student(weights, part.sample, part.turn)
         scores = answer.values[model.scores][:, :-1].flatten(0, 1)
-        wanted = part.sample[model.tokens][:, answer.first + 1 :].flatten()
+        wanted = part.sample[model.tokens][:, answer.first + 1 :].flatten().to(scores.device)
         if answer.seen is not None:
             seen = (answer.seen[:, :-1] & answer.seen[:, 1:]).flatten()
             scores, wanted = scores[seen], wanted[seen]
@@ -91,7 +91,7 @@ class Teacher:
     def of(program: Program, student: Student, tail: bool = False) -> Teacher:
         """`CompileError` when it does not answer in the same form."""
         _check(program, student)
-        return Teacher(Student(program, tail, staged=False))
+        return Teacher(Student(program, tail, False, student.device))
 
     def __call__(self, part: Part) -> dict[str, Tensor]:
         rows = next(iter(part.sample.values())).shape[0] // len(part.numbers) if len(part.numbers) > 1 else 0
@@ -103,7 +103,7 @@ class Teacher:
             return self._kept[number]
         sample = {n: t[place * rows : (place + 1) * rows] for n, t in part.sample.items()} if rows else part.sample
         with torch.no_grad():
-            answer = self.student(self.student.program.weights, sample, part.turn)
+            answer = self.student(self.student.own, sample, part.turn)
         found = answer.values if answer.tail is None else answer.values | {TAIL: answer.tail}
         size = sum(t.numel() * t.element_size() for t in found.values())
         if self.keep and self._bytes + size <= ROOM:

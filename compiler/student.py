@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from sylvester.compiler.calibration import Sample
 from sylvester.compiler.dataflow import Dataflow
-from sylvester.compiler.differentiable import TAIL, Function
+from sylvester.compiler.differentiable import CPU, TAIL, Function
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.next_token import MASK, LanguageModel, empty_state, language_model
 from sylvester.compiler.parts import is_weighted
@@ -42,21 +42,24 @@ class Answer:
 
 
 class Student:
-    """Runs the entries of a program with other weights than its own."""
+    """Runs the entries of a program on `device`, with other weights than its `own`."""
 
-    def __init__(self, program: Program, tail: bool = False, staged: bool | None = None) -> None:
-        self.program = program
+    def __init__(
+        self, program: Program, tail: bool = False, staged: bool | None = None, device: torch.device = CPU
+    ) -> None:
+        self.program, self.device = program, device
         self.model = language_model(program)
         self.staged = generates_otherwise(program) if staged is None else staged
         self.names = [self.model.scores] if self.model else float_outputs(program.main)
         entries = {n: program.entries[n] for n in (PREFILL, *_decoders(program))} if self.staged else {}
         self.functions = {
             name: Function.of(
-                entry, [*([] if name == PREFILL else self.names), *program.state], self._asked(entry, tail)
+                entry, [*([] if name == PREFILL else self.names), *program.state], self._asked(entry, tail), device
             )
             for name, entry in entries.items()
         }
-        self.main = Function.of(program.main, self.names, self._asked(program.main, tail))
+        self.main = Function.of(program.main, self.names, self._asked(program.main, tail), device)
+        self.own = {key: program.weights[key].to(device) for key in self.weights}
 
     def _scored(self, name: str) -> list[str]:
         """What an entry of generation is run for, besides the caches."""
@@ -81,6 +84,7 @@ class Student:
         return list(dict.fromkeys(key for function in functions for key in function.weights))
 
     def __call__(self, weights: Mapping[str, Tensor], sample: Sample, turn: int) -> Answer:
+        sample = self.here(sample)
         if self.staged:
             return self._generate(weights, sample, turn)
         found = self.main(weights, sample, self._empty(self.program.main, sample))
@@ -98,7 +102,7 @@ class Student:
         state |= self.functions[PREFILL](weights, {model.tokens: tokens[:, :prompt]}, state)
         parts = []
         for name, first, end in spans(stages_of(self.program.info), length, prompt):
-            given = {model.tokens: tokens[:, first:end], "past": torch.tensor(first)}
+            given = {model.tokens: tokens[:, first:end], "past": torch.tensor(first, device=self.device)}
             found = self.functions[name](weights, given, state)
             state |= {key: found[key] for key in self.program.state if key in found}
             parts.append(found)
@@ -106,7 +110,10 @@ class Student:
         return Answer({model.scores: torch.cat([part[model.scores] for part in parts], 1)}, tail, first=prompt)
 
     def _empty(self, entry: Entry, sample: Sample) -> dict[str, Tensor]:
-        return empty_state(self.program, entry, sample)
+        return self.here(empty_state(self.program, entry, sample))
+
+    def here(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
 
 def float_outputs(entry: Entry) -> list[str]:

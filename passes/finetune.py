@@ -30,6 +30,7 @@ class Finetune(Pass):
     batch: int = BATCH
     window: int = WINDOW
     seed: int = 0
+    device: str = "cpu"
 
     def requires(self, program: Program) -> None:
         if language_model(program) is None:
@@ -42,7 +43,7 @@ class Finetune(Pass):
         assert data is not None
         trained = finetune(
             program, data, self.steps, learning_rate=self.learning_rate, batch=self.batch, window=self.window,
-            seed=self.seed, progress=report,
+            seed=self.seed, device=self.device, progress=report,
         )  # fmt: skip
         before, after = (perplexity(p, data.fit) for p in (program, trained))
         changes = Changes()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from sylvester.compiler.budget import Budget
-from sylvester.compiler.calibration import Calibration, Sample
+from sylvester.compiler.calibration import Calibration, Sample, spread
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.next_token import language_model
 from sylvester.compiler.pipeline import Pass
@@ -145,8 +145,3 @@ class Search(Recipe):
         if any(name != "latency" for name in best.over):
             raise broken(goal.budget, best.found)
         return best
-
-
-def spread(samples: Sequence[Sample], count: int) -> tuple[Sample, ...]:
-    """So many samples at even distances."""
-    return tuple(samples[i * len(samples) // count] for i in range(count))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from sylvester.compiler.changes import Changes
 from sylvester.compiler.errors import CompileError
@@ -20,9 +20,11 @@ from sylvester.compiler.program import Program
 from sylvester.passes.block_gates import GATE_STEPS, gates
 from sylvester.passes.block_groups import Groups, even_groups, require_groups, require_neighbours, share, unlike
 from sylvester.passes.depth import Depth
+from sylvester.passes.greedy_depth import LOSS, least_missed
 from sylvester.passes.options import require_choice, require_count
 from sylvester.passes.similarity import similarity
 
+Rank = Literal["loss", "similarity", "gates"]
 ENDS = "keep_first= and keep_last= say how many blocks at the ends are left alone"
 
 
@@ -31,17 +33,18 @@ class ShareBlocks(Pass):
     """Removes the least important blocks, then lets neighbours share their matrices.
 
     `groups` is how many sets of matrices are left, 0 for all, or the groups themselves, such as ((4, 5), (6, 7)).
-    `remove` is the part of the blocks that goes. `rank` "similarity": a block matters as 1 - cosine of the stream
-    before and after it; "gates": as the gate g of x + g f(x) that `steps` steps of training on calibration data leave
-    it. Neighbours with the most similar streams share. The first `keep_first` and last `keep_last` blocks are left as
-    they are, where groups are chosen and blocks removed.
+    `remove` is the part of the blocks that goes. `rank` "loss": one block after the other, each time the one that is
+    missed least in what is left; "similarity": a block matters as 1 - cosine of the stream before and after it;
+    "gates": as the gate g of x + g f(x) that `steps` steps of training on calibration data leave it. Neighbours with
+    the most similar streams share. The first `keep_first` and last `keep_last` blocks are left as they are, where
+    groups are chosen and blocks removed.
     """
 
     name: ClassVar[str] = "share-blocks"
     contract: ClassVar[Contract] = "lossy"
     groups: int | Groups = 0
     remove: float = 0.0
-    rank: Literal["similarity", "gates"] = "similarity"
+    rank: Rank = "loss"
     keep_first: int = 1
     keep_last: int = 1
     steps: int = GATE_STEPS
@@ -53,7 +56,7 @@ class ShareBlocks(Pass):
             raise ValueError(f"remove is {self.remove!r}, expected a part of the blocks from 0 up to 1")
         if self.remove and not isinstance(self.groups, int):
             raise ValueError("explicit groups number the blocks as they are: remove blocks in a pass before")
-        require_choice("rank", self.rank, ("similarity", "gates"))
+        require_choice("rank", self.rank, get_args(Rank))
         for name, least in (("keep_first", 0), ("keep_last", 0), ("steps", 1), ("seed", 0)):
             require_count(name, getattr(self, name), least)
         if not self.groups and not self.remove:
@@ -100,26 +103,38 @@ class ShareBlocks(Pass):
         count = self._removed(len(layers))
         if not count:
             return
-        inner = [layer for layer in layers if fact(layer.main.start) == fact(layer.main.end)]
-        matters = {layer.index: value for layer, value in zip(inner, self._importance(program, inner), strict=True)}
-        for layer in inner:
-            changes.figure(layer.path, f"importance by {self.rank}", matters[layer.index])
-        free = [layer for layer in layers[self.keep_first : len(layers) - self.keep_last] if layer.index in matters]
+        may = layers[self.keep_first : len(layers) - self.keep_last]
+        free = [layer for layer in may if fact(layer.main.start) == fact(layer.main.end)]
         if len(free) < count:
             raise CompileError(f"{count} blocks would go, of those that may {len(free)} keep the shape of the stream")
-        least = sorted(free, key=lambda layer: matters[layer.index])[:count]
         depth = Depth(program, layers, "all", changes)
-        depth.drop_layers(least)
+        depth.drop_layers(self._least(program, layers, free, count, changes))
         depth.settle()
         program.sweep()
 
-    def _importance(self, program: Program, layers: Sequence[Layer]) -> list[float]:
-        if self.rank == "gates":
-            return gates(program, layers, self.steps, self.seed)
-        return [1 - similar for similar in similarity(program, layers)]
+    def _least(
+        self, program: Program, layers: Sequence[Layer], free: Sequence[Layer], count: int, changes: Changes
+    ) -> list[Layer]:
+        """The `count` layers of `free` that matter least."""
+        if self.rank == "loss":
+            order = list(least_missed(program, free, count))
+            for layer, loss in order:
+                changes.figure(layer.path, LOSS, loss)
+            return [layer for layer, _ in order]
+        inner = [layer for layer in layers if fact(layer.main.start) == fact(layer.main.end)]
+        found = gates(program, inner, self.steps, self.seed) if self.rank == "gates" else turns(program, inner)
+        matters = {layer.index: value for layer, value in zip(inner, found, strict=True)}
+        for layer in inner:
+            changes.figure(layer.path, f"importance by {self.rank}", matters[layer.index])
+        return sorted(free, key=lambda layer: matters[layer.index])[:count]
 
     def _grouped(self, program: Program, layers: Sequence[Layer]) -> Groups:
         first, end = self.keep_first, len(layers) - self.keep_last
         may = [n for n in range(first + 1, end) if unlike(layers[n - 1], layers[n]) is None]
         joins = dict(zip(may, similarity(program, [layers[n] for n in may]), strict=True))
         return even_groups(len(layers), int(self.groups), joins)  # type: ignore[arg-type]
+
+
+def turns(program: Program, layers: Sequence[Layer]) -> list[float]:
+    """1 - cosine of the streams before and after each layer."""
+    return [1 - similar for similar in similarity(program, layers)]

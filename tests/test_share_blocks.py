@@ -16,8 +16,10 @@ from sylvester.compiler.errors import CompileError
 from sylvester.compiler.layers import find_layers
 from sylvester.compiler.pipeline import Pipeline
 from sylvester.compiler.program import binding
+from sylvester.compiler.quality import perplexity
 from sylvester.passes.block_gates import gated, gates
 from sylvester.passes.block_groups import even_groups, require_neighbours
+from sylvester.passes.greedy_depth import LOSS, least_missed
 from sylvester.passes.share_blocks import ShareBlocks
 from tests import graphs, zoo
 
@@ -152,15 +154,34 @@ def idle(program: sv.Program, number: int) -> sv.Program:
     return other
 
 
-@pytest.mark.parametrize("rank", ["similarity", "gates"])
+@pytest.mark.parametrize("rank", ["loss", "similarity", "gates"])
 def test_an_idle_block_goes_first(rank):
     program = idle(traced(), 2)
     after, changes = run(program, ShareBlocks(remove=0.25, rank=rank, steps=12))
     assert [b.what for b in changes.layers] == ["dropped"]
     assert changes.layers[0].layer == find_layers(program)[2].path
-    assert len(changes.figures) == 4
-    assert all(f.name == f"importance by {rank}" for f in changes.figures)
+    named = [LOSS] if rank == "loss" else [f"importance by {rank}"] * 4
+    assert [f.name for f in changes.figures] == named
     assert len(after.state) == 6
+
+
+def test_each_layer_that_goes_is_the_best_choice_for_what_is_left():
+    """Beside programs in which the pass that skips layers has taken them out."""
+    program = traced()
+    layers = find_layers(program)
+
+    def loss(gone: tuple[int, ...]) -> float:
+        kept = tuple(n for n in range(4) if n not in gone)
+        left, _ = Pipeline((sv.passes.SkipLayers(layers=kept, phase="all"),)).run(program)
+        return perplexity(left, program.calibration.fit)
+
+    order = list(least_missed(program, layers[:3], 2))
+    first, second = (layer.index for layer, _ in order)
+    singles = {n: loss((n,)) for n in range(3)}
+    pairs = {n: loss((first, n)) for n in range(3) if n != first}
+    assert first == min(singles, key=singles.__getitem__)
+    assert second == min(pairs, key=pairs.__getitem__)
+    assert [found for _, found in order] == pytest.approx([singles[first], pairs[second]], rel=1e-6)
 
 
 def test_gates_are_seeded_and_bounded():
