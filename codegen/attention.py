@@ -23,7 +23,9 @@ _MASKS: dict[str, str] = {
     const uint8_t *mask = (const uint8_t *)a->mask + batch * by[0] + head * by[1] + i * by[2] + from * by[3];
     for (int64_t j = 0; j < n; j++) s[j] = mask[j * by[3]] ? s[j] : -INFINITY;""",
 }
-SPLIT_ROWS = 512
+STEADY_QUERIES = 16
+"""Queries of a call over caches up to which each has the bits it would have alone."""
+SPLIT_ROWS = 2048
 """Rows times parts of the keys that a lowering leaves room for."""
 
 
@@ -48,7 +50,10 @@ class Tuning:
 def attention_header(tuning: Tuning | None = None) -> str:
     """Types and helpers shared by all instances; goes once before the first, and after the format bf16 if any."""
     choice = tuning or Tuning()
-    shared = render("attention.h.in", BLOCKS=choice.blocks, KEYS=choice.keys, FEW=choice.few, SPLIT=choice.split)
+    shared = render(
+        "attention.h.in", BLOCKS=choice.blocks, KEYS=choice.keys, FEW=choice.few, SPLIT=choice.split,
+        STEADY=STEADY_QUERIES,
+    )  # fmt: skip
     return shared + render("attention_lanes.h.in") + render("attention_bf16.h.in")
 
 

@@ -15,8 +15,20 @@ from sylvester.codegen.prelude import render
 def header(isa: Isa) -> str:
     """C text of the format: `sv_bf16_row_bytes`, `_panel_bytes`, `_pack_row` and `_panel`; follows gemm.h.in."""
     rows = range(1, isa.gemm_rows + 1)
-    tiles = "\n".join(f"SV_BF16_TILE({r})" for r in rows)
-    return render("bf16.h.in", TILES=tiles, TILE_NAMES=", ".join(f"sv_bf16_tile_{r}" for r in rows))
+
+    def tiles(kind: str) -> str:
+        return "\n".join(f"SV_BF16_{kind}TILE({r})" for r in rows)
+
+    def names(kind: str) -> str:
+        return ", ".join(f"sv_bf16_{kind}tile_{r}" for r in rows)
+
+    return render(
+        "bf16.h.in",
+        TILES=tiles(""),
+        TILE_NAMES=names(""),
+        STEADY_TILES=tiles("STEADY_"),
+        STEADY_NAMES=names("steady_"),
+    )
 
 
 def panel_bytes_bf16(k: int) -> int:

@@ -8,6 +8,9 @@ from string import Template
 
 from sylvester.codegen.isa import Isa
 
+STEADY_ROWS = 64
+"""Rows of a product up to which a row has the same bits whatever rows come with it."""
+
 
 @cache
 def template(name: str) -> Template:
@@ -27,6 +30,9 @@ def prelude(isa: Isa) -> str:
         "gemm.h.in",
         TILES="\n".join(f"SV_TILE({r})" for r in rows),
         TILE_NAMES=", ".join(f"sv_tile_{r}" for r in rows),
+        STEADY=STEADY_ROWS,
+        STEADY_TILES="\n".join(f"SV_STEADY_TILE({r})" for r in rows),
+        STEADY_NAMES=", ".join(f"sv_steady_tile_{r}" for r in rows),
     )
     before = [render(f"{part}.h.in") for part in ("runtime", "dispatch", "vector", "math", "norm")]
     return "\n".join([isa.defines(), *before, gemm, render("pack.h.in"), render("conv2d.h.in")])

@@ -53,7 +53,7 @@ class Args(ctypes.Structure):
         + [(name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "rows", "keys")]
         + [(f"{name}_stride", ctypes.c_int64 * 3) for name in "yqkv"]
         + [("mask_stride", ctypes.c_int64 * 4), ("scale", ctypes.c_float), ("causal", ctypes.c_int)]
-        + [("offset", ctypes.c_int64), ("window", ctypes.c_int64)]
+        + [("offset", ctypes.c_int64), ("window", ctypes.c_int64), ("steady", ctypes.c_int)]
     )
 
 
