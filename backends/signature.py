@@ -14,6 +14,7 @@ from sylvester.compiler.manifest import EntrySpec, Generation, Manifest, OutputS
 from sylvester.compiler.program import Entry, Program, binding, value
 from sylvester.compiler.stages import KEY, stages_of
 from sylvester.compiler.target import Target
+from sylvester.compiler.uniform import is_uniform
 
 Size = int | str
 EXPORT_MINIMUM = 2
@@ -42,7 +43,8 @@ def manifest(
 def _generation(program: Program) -> Generation:
     info = program.info
     stages = stages_of(info) if KEY in info else ()
-    return Generation(int(info["max_length"]), tuple(info.get("eos_token_ids", ())), stages)
+    ends = tuple(info.get("eos_token_ids", ()))
+    return Generation(int(info["max_length"]), ends, stages, is_uniform(program))
 
 
 def entry_spec(program: Program, entry: Entry, weights: Sequence[str] | None = None) -> EntrySpec:

@@ -41,3 +41,10 @@ def to_tensor(array: NDArray[np.generic], dtype: str) -> Any:
 
     tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+
+
+def floats(array: NDArray[Any], dtype: str) -> NDArray[np.floating[Any]]:
+    """The array itself, or what its uint16 mean as bfloat16."""
+    import numpy as np
+
+    return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else array

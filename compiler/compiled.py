@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,9 @@ from sylvester.compiler.manifest import REPORT_HTML, Manifest
 from sylvester.compiler.outputs import package
 from sylvester.compiler.runner import Runner
 from sylvester.compiler.sampling import Sampling
+from sylvester.compiler.session import generation_of
+from sylvester.compiler.session_pool import SessionPool
+from sylvester.compiler.writer import Writer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,6 +35,7 @@ class Compiled:
         self._runner = runner or artefact.open_runner(folder, threads)
         self.report = artefact.read_report(folder)
         """Facts about the compilation, as saved in report.json."""
+        self._pool = SessionPool()
         self._discard: weakref.finalize[Any, Compiled] | None = None
 
     @staticmethod
@@ -102,47 +106,32 @@ class Compiled:
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        repetition_penalty: float = 1.0,
         seed: int | None = None,
-        stop: tuple[int, ...] | None = None,
+        stop: int | str | Sequence[int | str] | None = None,
+        chunk: int | None = None,
+        reuse: bool | None = None,
     ) -> Any:
         """Continue a prompt: token ids [batch, length] give ids with the new ones appended, text gives the new text.
 
-        With `stream`, an iterator over the new ids of a single prompt, or over pieces of text. `temperature` 0 is
-        greedy; `stop` replaces the ids that end a text; `max_new_tokens` None goes on up to the compiled maximum.
+        A list of prompts (texts, lists of ids, arrays [length]) gives a list; those of equal length run together, as a
+        batch has one position, other lengths one after the other. With `stream`, an iterator over pieces of text, the
+        new ids of a single row, or arrays [batch] of new ids.
+
+        `temperature` 0 is greedy; `top_k`, `top_p` and `repetition_penalty` mean what they mean in Hugging Face
+        generation. With a `seed`, row n of a call draws the same whatever is beside it. `stop` replaces the ids that
+        end a text; texts in it end a text too. `max_new_tokens` None goes on up to the compiled maximum.
+
+        A prompt that begins like the one before, its continuation included, goes on from the caches of that call, and
+        a long one is read `chunk` tokens at a time (512; 0 is all at once). Where reading in parts is the same only up
+        to more than rounding, as with layers that only decoding skips or caches in few bits, neither is done unless
+        `chunk` or `reuse=True` asks for it. `reuse=False` neither takes nor keeps caches.
         """
-        options = generation.Options(max_new_tokens, Sampling(temperature, top_k, top_p), seed, stop)
-        generation.require_generation(self.manifest)
-        if isinstance(prompt, str):
-            pieces = self._text_stream(prompt, options)
-            return pieces if stream else "".join(pieces)
-        ids = to_numpy("input_ids", prompt)
-        if ids.ndim != 2:
-            raise InputError(f"the prompt has shape {list(ids.shape)}, expected [batch, length]")
-        if stream:
-            return self._id_stream(ids, options)
-        return self._all_ids(prompt, ids, options)
-
-    def _id_stream(self, ids: Any, options: generation.Options) -> Iterator[int]:
-        if len(ids) != 1:
-            raise InputError(
-                f"streaming takes one prompt, found a batch of {len(ids)}", hint="generate them one by one"
-            )
-        return (int(chosen[0]) for chosen in generation.steps(self._runner, ids, options))
-
-    def _all_ids(self, prompt: Any, ids: Any, options: generation.Options) -> Any:
-        import numpy as np
-
-        new = [chosen[:, None] for chosen in generation.steps(self._runner, ids, options)]
-        result = np.concatenate([ids, *new], axis=1)
-        return to_tensor(result, "int64") if is_tensor(prompt) else result
-
-    def _text_stream(self, prompt: str, options: generation.Options) -> Iterator[str]:
-        import numpy as np
-
-        ids = np.array([self.encode(prompt)], np.int64)
-        stop = options.stop or (self.manifest.generation.eos_token_ids if self.manifest.generation else ())
-        stream = self._id_stream(ids, options)
-        return text.pieces(self.tokenizer, (token for token in stream if token not in stop))
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+        options = generation.Options(max_new_tokens, sampling, seed, stop, chunk, reuse)
+        generation_of(self.manifest)
+        writer = Writer(self._runner, self._pool, lambda: self.tokenizer)
+        return writer.stream(prompt, options) if stream else writer.whole(prompt, options)
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a text; needs the package `tokenizers` and a tokenizer in the artefact."""
@@ -159,6 +148,7 @@ class Compiled:
     def close(self) -> None:
         """Stop the threads and delete the temporary folder, if it has one."""
         self._runner.close()
+        self._pool.clear()
         if self._discard is not None:
             self._discard()
 

@@ -1,17 +1,19 @@
-"""Autoregressive decoding over the entries `start` (or `prefill`) and `decode` of an artefact."""
+"""Autoregressive decoding: read the prompt, then choose a token and read it, until the limit or the end."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from numbers import Integral
+from typing import TYPE_CHECKING
 
-from sylvester.compiler.binding import asked
-from sylvester.compiler.errors import InputError, Unsupported
+from sylvester.compiler.errors import InputError
 from sylvester.compiler.manifest import Manifest
-from sylvester.compiler.runner import Runner, State
-from sylvester.compiler.sampling import Sampling
-from sylvester.compiler.stages import entry_at
+from sylvester.compiler.prompts import require_fit
+from sylvester.compiler.runner import Runner
+from sylvester.compiler.sampling import Sampling, require
+from sylvester.compiler.session import CHUNK, Session, generation_of
+from sylvester.compiler.session_pool import SessionPool
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,106 +21,100 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int64]
 
-PREFILL, START, DECODE = "prefill", "start", "decode"
-
 
 @dataclass(frozen=True)
 class Options:
-    """How long to go on, how to choose, where to stop. `stop` None: the ids the model's config names."""
+    """How long to go on, how to choose, where to stop, how to read.
+
+    `stop` are ids, and for text also texts; None, or texts only: the ids that the model's config names. `chunk` tokens
+    of a prompt are read at once, 0 for all; `reuse` goes on from the caches of an earlier call. Their None is 512 and
+    True where reading a prompt in parts computes the same, else 0 and False.
+    """
 
     max_new_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
     seed: int | None = None
-    stop: tuple[int, ...] | None = None
+    stop: int | str | Sequence[int | str] | None = None
+    chunk: int | None = None
+    reuse: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "seed", "chunk"):
+            if (value := getattr(self, name)) is not None:
+                require(name, value, Integral, lambda n: n >= 0, "a whole number, 0 or more, or None")
+        if not isinstance(self.reuse, bool | None):
+            raise InputError(f"reuse is {self.reuse!r}, expected True, False or None")
+        for item in self._stops():
+            if isinstance(item, bool) or not isinstance(item, Integral | str) or item == "":
+                raise InputError(f"stop has {item!r}, expected token ids", hint="stop=(id, ...), for a text also texts")
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        return tuple(item for item in self._stops() if isinstance(item, str))
+
+    def stop_ids(self, manifest: Manifest) -> tuple[int, ...]:
+        """The ids that end a row."""
+        given = tuple(int(item) for item in self._stops() if not isinstance(item, str))
+        replaced = self.stop is not None and (given or not self.stop_texts)
+        return given if replaced else generation_of(manifest).eos_token_ids
+
+    def _stops(self) -> Sequence[int | str]:
+        if self.stop is None:
+            return ()
+        if isinstance(self.stop, int | str):
+            return (self.stop,)
+        try:
+            return tuple(self.stop)
+        except TypeError:
+            found = type(self.stop).__name__
+            raise InputError(f"stop is a {found}, expected token ids", hint="stop=(id, ...)") from None
 
 
-def require_generation(manifest: Manifest) -> None:
-    stages = manifest.generation.stages if manifest.generation else ()
-    missing = [n for n in (PREFILL, DECODE, *(s.entry for s in stages)) if n not in manifest.entries]
-    if missing or manifest.generation is None:
-        found = list(manifest.entries)
-        raise Unsupported(
-            f"this artefact cannot generate: it has the entries {found}", hint="compile a causal language model"
-        )
-
-
-def steps(runner: Runner, prompt: Ids, options: Options) -> Iterator[Ids]:
+def steps(
+    runner: Runner, prompt: Ids, options: Options, pool: SessionPool | None = None, rows: Sequence[int] = ()
+) -> Iterator[Ids]:
     """The new token of every row [batch], step by step, until the limit or until every row has stopped.
 
     A row that has stopped repeats its stop id. Prompts of a batch have equal lengths. A prompt that does not fit is
-    refused before the first step.
+    refused before the first step. `rows` are the numbers of the rows in the whole call: each draws for itself.
     """
-    name = _ids_input(runner.manifest)
-    count = _token_budget(runner.manifest, prompt, options.max_new_tokens)
-    state = runner.new_state(_first(runner.manifest), {name: prompt})
-    return _steps(runner, name, prompt, state, count, options)
+    count = budget(runner.manifest, prompt, options.max_new_tokens)
+    uniform = generation_of(runner.manifest).uniform
+    chunk = options.chunk if options.chunk is not None else CHUNK if uniform else 0
+    pool = pool if pool is not None and (uniform if options.reuse is None else options.reuse) else SessionPool(kept=0)
+    session = pool.take(runner, prompt, chunk)
+    return _steps(session, pool, prompt, count, options, rows or range(len(prompt)))
 
 
-def _steps(runner: Runner, name: str, prompt: Ids, state: State, count: int, options: Options) -> Iterator[Ids]:
+def _steps(
+    session: Session, pool: SessionPool, prompt: Ids, count: int, options: Options, rows: Sequence[int]
+) -> Iterator[Ids]:
     import numpy as np
 
-    stop = _stop_ids(runner.manifest, options)
-    random = np.random.default_rng(options.seed)
-    entry, tokens = _first(runner.manifest), prompt
-    done = np.zeros(len(prompt), bool)
-    for step in range(count):
-        logits = _advance(runner, entry, {name: tokens}, state)
-        chosen = options.sampling.pick(logits, random)
-        if step:
-            chosen = np.where(done, tokens[:, 0], chosen)
-        done |= np.isin(chosen, stop)
-        yield chosen
-        if done.all():
-            return
-        entry, tokens = _variant(runner.manifest, state.position, step + 1), chosen[:, None]
+    stop = options.stop_ids(session.runner.manifest)
+    draws = [np.random.default_rng(np.random.SeedSequence(options.seed, spawn_key=(row,))) for row in rows]
+    tokens, done = prompt[:, session.position :], np.zeros(len(prompt), bool)
+    with pool.returned(session):
+        for step in range(count):
+            logits = session.feed(tokens)
+            uniform = np.array([draw.random() for draw in draws])
+            chosen = options.sampling.pick(logits, session.tokens, uniform)
+            if step:
+                chosen = np.where(done, tokens[:, 0], chosen)
+            done |= np.isin(chosen, stop)
+            yield chosen
+            if done.all():
+                return
+            tokens = chosen[:, None]
 
 
-def _first(manifest: Manifest) -> str:
-    """The entry that takes the prompt: `start` gives the logits of its last token only."""
-    return START if START in manifest.entries else PREFILL
-
-
-def _variant(manifest: Manifest, position: int, generated: int) -> str:
-    """The entry that takes the next step."""
-    return entry_at(manifest.generation.stages if manifest.generation else (), position, generated)
-
-
-def _advance(runner: Runner, entry: str, inputs: dict[str, Ids], state: State) -> NDArray[Any]:
-    """Run one entry, move the position, and return the logits of the last position [batch, vocabulary]."""
-    outputs = runner.run(entry, inputs, state)
-    state.position += next(iter(inputs.values())).shape[1]
-    logits: NDArray[Any] = outputs.get("logits", next(iter(outputs.values())))
-    return logits[:, -1]
-
-
-def _ids_input(manifest: Manifest) -> str:
-    specs = asked(manifest.entries[PREFILL])
-    if len(specs) != 1:
-        raise Unsupported(f"generation gives token ids only, but the model takes {[s.name for s in specs]}")
-    return specs[0].name
-
-
-def _token_budget(manifest: Manifest, prompt: Ids, wanted: int | None) -> int:
-    """How many tokens to make; `InputError` when they do not fit the caches."""
-    limit = manifest.generation.max_length if manifest.generation else 0
-    length = prompt.shape[1]
-    if prompt.size == 0:
-        raise InputError("the prompt has no tokens, expected at least one")
-    if wanted is not None and wanted < 0:
-        raise InputError(f"max_new_tokens is {wanted}, expected 0 or more")
-    if length > limit:
-        raise InputError(
-            f"the prompt has {length} tokens, above the compiled maximum of {limit}", hint="shorten the prompt"
-        )
+def budget(manifest: Manifest, prompt: Ids, wanted: int | None) -> int:
+    """How many tokens to make; `InputError` when the prompt, or they, do not fit."""
+    require_fit(manifest, prompt)
+    limit, length = generation_of(manifest).max_length, prompt.shape[1]
     if wanted is not None and length + wanted > limit:
         total = f"{length} prompt tokens + {wanted} new tokens = {length + wanted}"
         raise InputError(
             f"{total}, above the compiled maximum of {limit}", hint=f"max_new_tokens may be up to {limit - length}"
         )
     return limit - length if wanted is None else wanted
-
-
-def _stop_ids(manifest: Manifest, options: Options) -> list[int]:
-    if options.stop is not None:
-        return list(options.stop)
-    return list(manifest.generation.eos_token_ids) if manifest.generation else []

@@ -101,6 +101,8 @@ class Generation:
     max_length: int
     eos_token_ids: tuple[int, ...] = ()
     stages: tuple[Stage, ...] = ()
+    uniform: bool = False
+    """Whether `decode` computes what `prefill` does, but for rounding: a prompt may then be read in parts."""
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,22 @@ def pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
         yield rest
 
 
+def until(given: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """Pieces up to the first of some texts. What may be the beginning of one is held back until it is known."""
+    held = ""
+    for piece in given:
+        held += piece
+        if found := [at for at in (held.find(stop) for stop in stops) if at >= 0]:
+            held = held[: min(found)]
+            break
+        keep = max(n for stop in stops for n in range(len(stop)) if held.endswith(stop[:n]))
+        if len(held) > keep:
+            yield held[: len(held) - keep]
+            held = held[len(held) - keep :]
+    if held:
+        yield held
+
+
 def _splits(tokenizer: Tokenizer, window: Sequence[int], text: str) -> bool:
     """Whether the last token starts on a character, so that what follows can be decoded from it alone."""
     last = _decode(tokenizer, window[-1:])

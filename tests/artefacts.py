@@ -110,7 +110,7 @@ MANIFEST = Manifest(
     isas=("scalar", "avx2"),
     state={"first": SlotSpec(0, "float32", ("s0", CAPACITY))},
     output=OutputSpec("dict"),
-    generation=Generation(CAPACITY, (0,)),
+    generation=Generation(CAPACITY, (0,), uniform=True),
     threads=2,
 )
 

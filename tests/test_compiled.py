@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import stat
@@ -18,7 +19,6 @@ from sylvester.compiler import text
 from sylvester.compiler.errors import ArtefactError, CompileError, InputError, Unsupported
 from sylvester.compiler.manifest import read
 from sylvester.compiler.outputs import Outputs, package
-from sylvester.compiler.sampling import Sampling
 from tests import artefacts
 
 
@@ -116,6 +116,11 @@ def test_stop_ids_can_be_replaced(lm):
     assert lm.generate(ids([2, 2]), stop=(6,)).tolist() == [[2, 2, 4, 6]]
 
 
+def test_one_stop_id_needs_no_tuple(lm):
+    assert lm.generate(ids([2, 2]), stop=6).tolist() == [[2, 2, 4, 6]]
+    assert lm.generate(ids([2, 2]), stop=np.array([6])).tolist() == [[2, 2, 4, 6]]
+
+
 def test_generation_goes_up_to_the_compiled_maximum(lm):
     assert lm.generate(ids([3, 1]), stop=()).shape == (1, artefacts.CAPACITY)
 
@@ -139,11 +144,38 @@ def test_streaming_gives_the_same_ids(lm):
         (ids([1] * 10), {"max_new_tokens": 7, "stream": True}, "above the compiled maximum of 16"),
         (np.empty((1, 0), np.int64), {}, "the prompt has no tokens"),
         (np.array([1]), {}, "shape [1], expected [batch, length]"),
-        (ids([1], [2]), {"stream": True}, "streaming takes one prompt, found a batch of 2"),
+        (np.array([[1.0]]), {}, "the prompt has dtype float64, expected integers"),
+        (ids([1, 8]), {}, "token id 8 at position 1 of row 0 of the prompt, expected 0 to 7"),
+        (ids([1, 2], [3, -1]), {}, "token id -1 at position 1 of row 1 of the prompt, expected 0 to 7"),
+        (17, {}, "is a int, expected a tensor or a numpy array"),
+        ([], {}, "the list of prompts is empty"),
+        ([[1], []], {}, "the prompt has no tokens"),
+        ([1, 2], {}, "prompt 0 is a int, expected token ids"),
+        (["a", [1]], {}, "prompt 0 is a str, expected token ids"),
+        ([[1], [[2]]], {}, "prompt 1 has shape [1, 1], expected [length]"),
+        ([[[2, 1], [1]]], {}, "prompt 0 is a list of lists of different lengths"),
+        ([[1.5]], {}, "prompt 0 has dtype float64, expected integers"),
+        ([[1]], {"stream": True}, "streaming takes a text or ids [batch, length], found a list"),
         (ids([1]), {"max_new_tokens": -1}, "max_new_tokens is -1"),
+        (ids([1]), {"max_new_tokens": 2.0}, "max_new_tokens is 2.0"),
         (ids([1]), {"temperature": -1.0}, "temperature is -1.0"),
+        (ids([1]), {"temperature": "hot"}, "temperature is 'hot', expected 0 (greedy) or more"),
+        (ids([1]), {"temperature": float("nan")}, "temperature is nan"),
+        (ids([1]), {"temperature": True}, "temperature is True"),
         (ids([1]), {"top_k": 0}, "top_k is 0"),
+        (ids([1]), {"top_k": 2.5}, "top_k is 2.5, expected a whole number, 1 or more, or None"),
         (ids([1]), {"top_p": 1.5}, "top_p is 1.5"),
+        (ids([1]), {"top_p": 0}, "top_p is 0, expected more than 0 and at most 1, or None"),
+        (ids([1]), {"repetition_penalty": 0.0}, "repetition_penalty is 0.0, expected more than 0"),
+        (ids([1]), {"repetition_penalty": None}, "repetition_penalty is None"),
+        (ids([1]), {"seed": -1}, "seed is -1, expected a whole number, 0 or more, or None"),
+        (ids([1]), {"seed": "a"}, "seed is 'a'"),
+        (ids([1]), {"chunk": -2}, "chunk is -2"),
+        (ids([1]), {"reuse": "yes"}, "reuse is 'yes', expected True, False or None"),
+        (ids([1]), {"stop": (1.5,)}, "stop has 1.5, expected token ids"),
+        (ids([1]), {"stop": 1.5}, "stop is a float, expected token ids"),
+        (ids([1]), {"stop": "a"}, "stop has the text 'a', but the prompt is token ids"),
+        ("ca", {"stop": ("",)}, "stop has '', expected token ids"),
     ],
 )
 def test_bad_generation_is_refused(lm, prompt, options, message):
@@ -153,36 +185,45 @@ def test_bad_generation_is_refused(lm, prompt, options, message):
     assert message in error.value.message
 
 
+def test_batches_stream_arrays(lm):
+    steps = list(lm.generate(ids([2, 4], [3, 4]), max_new_tokens=4, stream=True))
+
+    assert np.stack(steps, 1).tolist() == [[6, 0, 0, 0], [7, 2, 5, 0]]
+
+
+def test_prompts_of_different_lengths(lm):
+    rows = [[2, 4], [3], [3, 4]]
+    expected = [[2, 4, 6, 0], [3, 6, 1, 4, 7], [3, 4, 7, 2, 5, 0]]
+
+    assert lm.generate(rows, max_new_tokens=4) == expected
+    found = lm.generate([np.array(row, np.int32) for row in rows], max_new_tokens=4)
+    assert [row.tolist() for row in found] == expected
+    assert all(row.dtype == np.int64 for row in found)
+
+
+@pytest.mark.parametrize(("score", "text"), [(math.nan, "nan"), (-math.inf, "-inf"), (math.inf, "inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_an_error(lm, monkeypatch, score, text, temperature):
+    run = lm._runner.run
+
+    def broken(entry, *rest):
+        outputs = run(entry, *rest)
+        if entry == "decode":
+            outputs["logits"][1] = score
+        return outputs
+
+    monkeypatch.setattr(lm._runner, "run", broken)
+    with pytest.raises(InputError) as error:
+        lm.generate(ids([3, 1], [3, 2]), 3, temperature=temperature, seed=1)
+
+    assert error.value.message == f"the best logit of row 1 is {text} after 3 tokens, expected a finite number"
+    assert not lm._pool._kept
+
+
 def test_sampling_repeats_with_its_seed(lm):
     one, two, other = (lm.generate(ids([3, 1]), 10, temperature=9.0, seed=s, stop=()).tolist() for s in (1, 1, 2))
 
     assert one == two != other
-
-
-def test_sampled_frequencies_follow_the_logits():
-    logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32))
-    random = np.random.default_rng(0)
-
-    drawn = Sampling(temperature=1.0).pick(np.repeat(logits, 4000, 0), random)
-
-    np.testing.assert_allclose(np.bincount(drawn) / 4000, [0.5, 0.3, 0.15, 0.05], atol=0.03)
-
-
-@pytest.mark.parametrize(
-    ("sampling", "expected"),
-    [
-        (Sampling(1.0), [0.5, 0.3, 0.15, 0.05]),
-        (Sampling(1.0, top_k=2), [0.625, 0.375, 0, 0]),
-        (Sampling(1.0, top_k=9), [0.5, 0.3, 0.15, 0.05]),
-        (Sampling(1.0, top_p=0.6), [0.625, 0.375, 0, 0]),
-        (Sampling(1.0, top_p=0.1), [1, 0, 0, 0]),
-        (Sampling(0.5), np.square([0.5, 0.3, 0.15, 0.05]) / 0.365),
-    ],
-)
-def test_sampling_probabilities(sampling, expected):
-    logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]]))
-
-    np.testing.assert_allclose(sampling.probabilities(logits)[0], expected, atol=1e-9)
 
 
 def test_text_in_text_out(lm):
@@ -190,6 +231,33 @@ def test_text_in_text_out(lm):
     assert lm.decode([3, 1, 0]) == "ca<end>"
     assert lm.generate("ca", max_new_tokens=1, stop=()) == LETTERS.decode([4])
     assert lm.generate("bb") == LETTERS.decode([4, 6])
+
+
+def test_texts_in_texts_out(lm):
+    assert lm.generate(["bb", "ca", "b"]) == [lm.generate("bb"), lm.generate("ca"), lm.generate("b")]
+
+
+@pytest.mark.parametrize(("stop", "end"), [("b", "b"), (("zzz", "eb"), "eb"), (["b", 7], "e"), (("ez",), "<end>")])
+def test_texts_end_a_text(lm, stop, end):
+    whole = lm.generate("ca", max_new_tokens=6, stop=())
+
+    found = lm.generate("ca", max_new_tokens=6, stop=stop)
+
+    assert found == whole[: whole.index(end)]
+    assert "".join(lm.generate("ca", max_new_tokens=6, stop=stop, stream=True)) == found
+    assert lm.generate(["ca", "ca"], max_new_tokens=6, stop=stop) == [found, found]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 20])
+@pytest.mark.parametrize(
+    ("stops", "expected"),
+    [(("bab",), "abaa"), (("zz", "baa"), "a"), (("a",), ""), (("aab", "ab"), ""), (("zz",), None)],
+)
+def test_text_until_a_stop(size, stops, expected):
+    given = "abaababaab"
+    expected = given if expected is None else expected
+
+    assert "".join(text.until([given[n : n + size] for n in range(0, 10, size)], stops)) == expected
 
 
 def test_streamed_text_never_breaks_a_character():

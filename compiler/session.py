@@ -1,0 +1,153 @@
+"""A batch of sequences in the caches of a runner: read tokens, get logits, go back to an earlier position."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sylvester.compiler.arrays import floats
+from sylvester.compiler.binding import asked
+from sylvester.compiler.errors import InputError, Unsupported
+from sylvester.compiler.manifest import Generation, Manifest
+from sylvester.compiler.runner import Runner, State
+from sylvester.compiler.stages import DECODE, entry_at
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Ids = NDArray[np.int64]
+    Logits = NDArray[np.floating[Any]]
+
+PREFILL, START = "prefill", "start"
+CHUNK = 512
+"""Tokens of a prompt that are read by one call, where reading it in parts changes nothing."""
+
+
+class Session:
+    """One runner, one state, and the tokens that its caches hold; for one thread at a time.
+
+    Positions below `prompt` are read as a prompt, later ones as generated tokens: that is what the stages of `decode`
+    go by. `chunk` is how many tokens one call reads at most, 0 is no limit.
+    """
+
+    def __init__(self, runner: Runner, state: State, batch: int, prompt: int, chunk: int = 0) -> None:
+        import numpy as np
+
+        self.runner, self.state, self.prompt, self.chunk = runner, state, prompt, chunk
+        self.limit = generation_of(runner.manifest).max_length
+        self._stages = generation_of(runner.manifest).stages
+        self._ids = ids_input(runner.manifest)
+        self._tokens: Ids = np.empty((batch, self.limit), np.int64)
+
+    @staticmethod
+    def begin(runner: Runner, prompt: Ids, chunk: int = 0) -> Session:
+        """Empty caches for a prompt [batch, length], which `feed` reads."""
+        state = runner.new_state(first_entry(runner.manifest), {ids_input(runner.manifest): prompt})
+        return Session(runner, state, *prompt.shape, chunk)
+
+    @property
+    def position(self) -> int:
+        """How many tokens of every row the caches hold."""
+        return self.state.position
+
+    @property
+    def tokens(self) -> Ids:
+        """What the caches hold [batch, position]: a view, to be read only."""
+        return self._tokens[:, : self.position]
+
+    def feed(self, tokens: Ids) -> Logits:
+        """Read tokens [batch, n] after those held; logits [batch, vocabulary] of what follows the last one."""
+        *before, last = self._calls(tokens, first_entry(self.runner.manifest))
+        for entry, part in before:
+            self._run(entry, part)
+        return self._run(*last)[:, -1]
+
+    def score(self, tokens: Ids) -> Logits:
+        """Read tokens [batch, n] after those held; logits [batch, n, vocabulary] of what follows each."""
+        import numpy as np
+
+        parts = [self._run(entry, part) for entry, part in self._calls(tokens, PREFILL)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def rewind(self, position: int) -> None:
+        """Forget the tokens from `position` on. What the caches hold of them is never read, and is written anew."""
+        if not 0 <= position <= self.position:
+            raise InputError(f"cannot go to position {position}, the caches hold positions 0 to {self.position}")
+        self.state.position = position
+
+    def _calls(self, tokens: Ids, first: str) -> list[tuple[str, Ids]]:
+        """(entry, tokens) of every call: `first` at position 0, then the stages of `decode`."""
+        self._require_room(tokens)
+        calls, at = [], 0
+        while at < tokens.shape[1]:
+            start = self.position + at
+            entry = self._entry(start) if start else first
+            count = self._length(start, tokens.shape[1] - at)
+            calls.append((entry, tokens[:, at : at + count]))
+            at += count
+        return calls
+
+    def _entry(self, position: int) -> str:
+        return entry_at(self._stages, position, max(0, position - self.prompt + 1))
+
+    def _length(self, start: int, rest: int) -> int:
+        """How many of `rest` tokens at `start` one call reads."""
+        most = min(rest, self.chunk or rest)
+        if not start:
+            return min(most, max(self.prompt, 1)) if self._stages else most
+        if len(self._stages) < 2:
+            return most
+        entry = self._entry(start)
+        return next((n for n in range(1, most) if self._entry(start + n) != entry), most)
+
+    def _run(self, entry: str, tokens: Ids) -> Logits:
+        """Logits [batch, n or 1, vocabulary]."""
+        spec = self.runner.manifest.entries[entry]
+        outputs = self.runner.run(entry, {self._ids: tokens}, self.state)
+        end = self.position + tokens.shape[1]
+        self._tokens[:, self.position : end] = tokens
+        self.state.position = end
+        output = next((o for o in spec.outputs if o.name == "logits"), spec.outputs[0])
+        return floats(outputs[output.name], output.dtype)
+
+    def _require_room(self, tokens: Ids) -> None:
+        batch = len(self._tokens)
+        if tokens.ndim != 2 or len(tokens) != batch or tokens.shape[1] < 1:
+            raise InputError(f"tokens have shape {list(tokens.shape)}, expected [{batch}, 1 or more]")
+        if self.position + tokens.shape[1] > self.limit:
+            raise InputError(
+                f"{tokens.shape[1]} tokens after {self.position} do not fit the caches of {self.limit} positions",
+                hint="compile with a larger maximum length",
+            )
+
+
+def generation_of(manifest: Manifest) -> Generation:
+    """What the artefact says about generation; `Unsupported` when it cannot generate."""
+    found = manifest.generation
+    stages = found.stages if found else ()
+    missing = [n for n in (PREFILL, DECODE, *(s.entry for s in stages)) if n not in manifest.entries]
+    if missing or found is None:
+        raise Unsupported(
+            f"this artefact cannot generate: it has the entries {list(manifest.entries)}",
+            hint="compile a causal language model",
+        )
+    return found
+
+
+def first_entry(manifest: Manifest) -> str:
+    """The entry that takes the first tokens: `start` gives the logits of the last one only."""
+    return START if START in manifest.entries else PREFILL
+
+
+def ids_input(manifest: Manifest) -> str:
+    specs = asked(manifest.entries[PREFILL])
+    if len(specs) != 1:
+        raise Unsupported(f"generation gives token ids only, but the model takes {[s.name for s in specs]}")
+    return specs[0].name
+
+
+def vocabulary(manifest: Manifest) -> int | None:
+    """How many token ids there are: the logits of one position; None when that is no fixed number."""
+    outputs = manifest.entries[DECODE].outputs
+    width = next((o for o in outputs if o.name == "logits"), outputs[0]).shape[-1]
+    return width if isinstance(width, int) else None
