@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     Scores = NDArray[np.floating[Any]]
     Chances = NDArray[np.float64]
 
-LEAST = 1e-100
-"""Below it, temperatures would make differences of scores overflow."""
+LEAST = 1e-30
+"""Temperatures below it draw what it draws: float32 has no smaller ones."""
+FEW = 64
+"""How many of the best tokens are sorted first to find a nucleus."""
 
 
 @dataclass(frozen=True)
@@ -45,31 +47,31 @@ class Sampling:
         if self.top_p is not None:
             require("top_p", self.top_p, Real, lambda p: 0 < p <= 1, "more than 0 and at most 1, or None")
 
-    def pick(self, logits: Scores, tokens: Ids, uniform: Chances | None = None) -> Ids:
+    def pick(self, logits: Scores, tokens: Ids, uniform: Chances) -> Ids:
         """One token id per row of logits [batch, vocabulary] that follow `tokens` [batch, n].
 
-        `uniform` [batch], numbers in [0, 1), say where in the cumulated probabilities each choice falls; greedy choices
-        need none.
+        `uniform` [batch], numbers in [0, 1), say where in the cumulated probabilities each choice falls.
         """
+        import numpy as np
+
         scores = self._penalised(logits, tokens)
         best: Ids = scores.argmax(-1)
         _require_finite(scores, best, tokens)
-        if self.temperature == 0 or uniform is None:
+        if self.temperature == 0:
             return best
-        cumulated = self._chances(scores).cumsum(-1)
-        return (cumulated <= uniform[:, None] * cumulated[:, -1:]).sum(-1)
+        return np.array([self._drawn(row, number) for row, number in zip(scores, uniform, strict=True)], np.int64)
 
     def probabilities(self, logits: Scores, tokens: Ids) -> Chances:
-        """What `pick` draws from, rows sum to 1; greedy: all on the best."""
+        """What `pick` draws from [batch, vocabulary], rows sum to 1; greedy: all on the best."""
         import numpy as np
 
         scores = self._penalised(logits, tokens)
         best = scores.argmax(-1)
         _require_finite(scores, best, tokens)
-        if self.temperature:
-            return self._chances(scores)
         chances = np.zeros(scores.shape)
-        chances[np.arange(len(best)), best] = 1
+        for row, number in enumerate(best):
+            ids, weights = self._kept(scores[row]) if self.temperature else (number, np.ones(()))
+            chances[row, ids] = weights / weights.sum()
         return chances
 
     def _penalised(self, logits: Scores, tokens: Ids) -> Scores:
@@ -82,16 +84,22 @@ class Sampling:
         np.put_along_axis(scores, tokens, seen, -1)
         return scores
 
-    def _chances(self, scores: Scores) -> Chances:
+    def _drawn(self, scores: Scores, uniform: float) -> int:
+        ids, weights = self._kept(scores)
+        cumulated = weights.cumsum()
+        return int(ids[cumulated.searchsorted(uniform * cumulated[-1], side="right")])
+
+    def _kept(self, scores: Scores) -> tuple[Ids, Chances]:
+        """The ids that may be drawn from a row of scores [vocabulary], and numbers in the ratio of their chances."""
         import numpy as np
 
-        scaled = (scores - scores.max(-1, keepdims=True)).astype(np.float64) / max(self.temperature, LEAST)
-        if self.top_k is not None and self.top_k < scaled.shape[-1]:
-            least = np.partition(scaled, -self.top_k, -1)[:, -self.top_k, None]
-            scaled = np.where(scaled < least, -np.inf, scaled)
-        chances = np.exp(scaled)
-        chances /= chances.sum(-1, keepdims=True)
-        return chances if self.top_p is None else _nucleus(chances, self.top_p)
+        ids = np.arange(scores.size) if self.top_k is None else _best(scores, self.top_k)
+        with np.errstate(over="ignore"):
+            weights = np.exp((scores[ids] - scores.max()) / max(self.temperature, LEAST)).astype(np.float64)
+        if self.top_p is None:
+            return ids, weights
+        nucleus = _nucleus(weights, self.top_p)
+        return ids[nucleus], weights[nucleus]
 
 
 def require(name: str, value: object, kind: type, fits: Callable[[Any], bool], expected: str) -> None:
@@ -114,13 +122,29 @@ def _require_finite(scores: Scores, best: Ids, tokens: Ids) -> None:
     )
 
 
-def _nucleus(chances: Chances, mass: float) -> Chances:
-    """Zero every token after the first ones that together reach `mass`."""
+def _nucleus(weights: Chances, mass: float) -> Ids:
+    """The first ids in falling order of weight that together reach `mass` of the sum."""
+    wanted, count, reached = mass * weights.sum(), FEW, -1.0
+    while reached < wanted:
+        ids = _best(weights, count)
+        ids = ids[(-weights[ids]).argsort(kind="stable")]
+        ranked = weights[ids]
+        cumulated = ranked.cumsum()
+        reached = wanted if len(ids) == len(weights) else cumulated[-1]
+        count *= 8
+    nucleus: Ids = ids[cumulated - ranked < wanted]
+    return nucleus
+
+
+def _best(scores: Scores, count: int) -> Ids:
+    """Ids of the `count` best scores of a row, in rising order, and of those equal to the last of them."""
     import numpy as np
 
-    order = np.argsort(-chances, -1, kind="stable")
-    ranked = np.take_along_axis(chances, order, -1)
-    ranked[np.cumsum(ranked, -1) - ranked >= mass] = 0
-    kept = np.empty_like(chances)
-    np.put_along_axis(kept, order, ranked / ranked.sum(-1, keepdims=True), -1)
-    return kept
+    if count >= scores.size:
+        return np.arange(scores.size)
+    height = max(1, scores.size // (8 * count))
+    width = scores.size // height
+    highest = scores[: height * width].reshape(height, width).max(0)
+    ids = (scores >= np.partition(highest, -count)[-count]).nonzero()[0]
+    found: Ids = ids[scores[ids] >= np.partition(scores[ids], -count)[-count]]
+    return found

@@ -43,7 +43,8 @@ class Session:
     def begin(runner: Runner, prompt: Ids, chunk: int = 0) -> Session:
         """Empty caches for a prompt [batch, length], which `feed` reads."""
         state = runner.new_state(first_entry(runner.manifest), {ids_input(runner.manifest): prompt})
-        return Session(runner, state, *prompt.shape, chunk)
+        batch, length = prompt.shape
+        return Session(runner, state, batch, length, chunk)
 
     @property
     def position(self) -> int:

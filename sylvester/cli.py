@@ -188,6 +188,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens only.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that make up p.")] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens of the text so far become less likely.")
+    ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes drawing repeatable.")] = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -198,6 +201,7 @@ def generate(
     start = time.perf_counter()
     with load(artefact, threads=threads) as compiled:
         options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        options["repetition_penalty"] = repetition_penalty
         stream = compiled.generate(prompt, max_new_tokens, stream=True, **options)
         show: Callable[[str], object] = (lambda piece: None) if as_json else _write
         show(prompt)

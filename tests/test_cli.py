@@ -84,6 +84,7 @@ def test_sampling_options_reach_generate(lm, capsys):
 
     assert run_json(capsys, *options)["text"] == run_json(capsys, *options)["text"]
     assert "top_p is 2.0" in failure(capsys, *options, "--top-p", "2")
+    assert "repetition_penalty is 0.0" in failure(capsys, *options, "--repetition-penalty", "0")
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".json"])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
+import torch
+from transformers.generation import logits_process as hf
 
 from sylvester.compiler.sampling import Sampling
 
@@ -36,3 +40,43 @@ def test_sampling_probabilities(sampling, expected):
     logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]]))
 
     np.testing.assert_allclose(sampling.probabilities(logits, NONE)[0], expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 199, 4096])
+@pytest.mark.parametrize(
+    ("penalty", "temperature", "k", "p"), list(product((1.0, 1.5, 0.7), (0.5, 3.0), (None, 1, 50), (None, 0.5, 0.999)))
+)
+def test_probabilities_are_those_of_hugging_face(vocabulary, penalty, temperature, k, p):
+    """Half of the scores are rounded, so that some are equal."""
+    random = np.random.default_rng(vocabulary)
+    logits = 4 * random.normal(size=(2, vocabulary)).astype(np.float32)
+    logits[1] = logits[1].round()
+    tokens = random.integers(0, vocabulary, (2, 12))
+
+    found = Sampling(temperature, k, p, penalty).probabilities(logits, tokens)
+
+    made = [hf.RepetitionPenaltyLogitsProcessor(penalty), hf.TemperatureLogitsWarper(temperature)]
+    made += [hf.TopKLogitsWarper(k)] if k else []
+    made += [hf.TopPLogitsWarper(p)] if p else []
+    scores = torch.tensor(logits)
+    for process in made:
+        scores = process(torch.tensor(tokens), scores)
+    expected = scores.double().softmax(-1).numpy()
+    rows = slice(1) if p else slice(2)
+    np.testing.assert_allclose(found[rows], expected[rows], atol=1e-6)
+
+
+def test_each_draw_is_where_its_number_falls():
+    logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]] * 5))
+
+    found = Sampling(1.0).pick(logits, NONE, np.array([0.0, 0.49, 0.51, 0.81, 1 - 2**-53]))
+
+    assert found.tolist() == [0, 0, 1, 2, 3]
+
+
+def test_what_is_left_out_is_never_drawn():
+    logits = np.array([[-np.inf, 1.0, -np.inf, 0.0, -np.inf]], np.float32)
+    ends = np.array([0.0]), np.array([1 - 2**-53])
+
+    for sampling in (Sampling(1.0), Sampling(1.0, top_k=4), Sampling(1.0, top_p=1.0)):
+        assert {int(sampling.pick(logits, NONE, u)[0]) for u in ends} == {1, 3}
