@@ -128,17 +128,19 @@ def test_rows_of_equal_length_run_together(lm, read):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 40, 64])
-def test_a_prompt_read_in_parts_is_the_whole_prompt(lm, read, chunk):
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_read_in_parts_is_the_whole_prompt(compiled, name, chunk):
     ids = prompts(2, 40)
 
-    expected = lm.generate(ids, 30, stop=(), chunk=0, reuse=False).tolist()
-    read.clear()
-    found = lm.generate(ids, 30, stop=(), chunk=chunk, reuse=False).tolist()
+    whole, parts = (compiled(name).generate(ids, 30, stop=(), chunk=c, reuse=False) for c in (0, chunk))
 
-    assert found == expected
-    assert max(tokens for _, tokens in read) == min(chunk, 40)
-    assert read[0] == ("start", min(chunk, 40))
-    assert sum(tokens for _, tokens in read) == 40 + 29
+    assert parts.tolist() == whole.tolist()
+
+
+def test_a_long_prompt_is_read_in_chunks(lm, read):
+    lm.generate(prompts(2, 40), 3, stop=(), chunk=16)
+
+    assert read == [("start", 16), ("decode", 16), ("decode", 8), ("decode", 1), ("decode", 1)]
 
 
 def test_a_conversation_goes_on_from_its_caches(lm, read):
