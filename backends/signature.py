@@ -10,9 +10,19 @@ from torch import Tensor, fx
 from torch.utils._sympy.numbers import int_oo
 
 from sylvester.backends.minimum import holds_at
-from sylvester.compiler.manifest import EntrySpec, Generation, Manifest, OutputSpec, SlotSpec, Symbol, TensorSpec
+from sylvester.compiler.manifest import (
+    DraftSpec,
+    EntrySpec,
+    Generation,
+    Manifest,
+    OutputSpec,
+    SlotSpec,
+    Symbol,
+    TensorSpec,
+)
 from sylvester.compiler.program import Entry, Program, binding, value
 from sylvester.compiler.stages import KEY, stages_of
+from sylvester.compiler.steady import DRAFT, unsteady
 from sylvester.compiler.target import Target
 from sylvester.compiler.uniform import is_uniform
 
@@ -44,7 +54,8 @@ def _generation(program: Program) -> Generation:
     info = program.info
     stages = stages_of(info) if KEY in info else ()
     ends = tuple(info.get("eos_token_ids", ()))
-    return Generation(int(info["max_length"]), ends, stages, is_uniform(program))
+    draft = DraftSpec(**info[DRAFT]) if DRAFT in info else None
+    return Generation(int(info["max_length"]), ends, stages, is_uniform(program), unsteady(program) is None, draft)
 
 
 def entry_spec(program: Program, entry: Entry, weights: Sequence[str] | None = None) -> EntrySpec:

@@ -26,7 +26,7 @@ from sylvester.compiler.store import link_tree, store
 from sylvester.compiler.target import Target
 
 if TYPE_CHECKING:
-    from sylvester.compiler.resolve import Step
+    pass
 
 KIND = "models"
 PACKAGES = ("sylvester", "compiler", "passes", "codegen", "backends")
@@ -59,7 +59,7 @@ def key(
     example_inputs: Any,
     dynamic: Any,
     target: Target,
-    steps: Sequence[Step],
+    steps: Sequence[object],
     backend: Builder,
     calibration: Any = None,
 ) -> Key:

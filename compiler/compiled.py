@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sylvester.compiler import artefact, generation, text
 from sylvester.compiler.arrays import is_tensor, to_numpy, to_tensor
 from sylvester.compiler.binding import asked
+from sylvester.compiler.drafts import Drafters, Drafting
 from sylvester.compiler.errors import InputError
 from sylvester.compiler.manifest import REPORT_HTML, Manifest
 from sylvester.compiler.outputs import package
@@ -111,6 +112,7 @@ class Compiled:
         stop: int | str | Sequence[int | str] | None = None,
         chunk: int | None = None,
         reuse: bool | None = None,
+        draft: bool | str | None = None,
     ) -> Any:
         """Continue a prompt: token ids [batch, length] give ids with the new ones appended, text gives the new text.
 
@@ -126,12 +128,25 @@ class Compiled:
         a long one is read `chunk` tokens at a time (512; 0 is all at once). Where reading in parts is the same only up
         to more than rounding, as with layers that only decoding skips or caches in few bits, neither is done unless
         `chunk` or `reuse=True` asks for it. `reuse=False` neither takes nor keeps caches.
+
+        `draft` None drafts with what the model was compiled to draft with, if anything, "ngram" with what was read
+        before, False not at all. The tokens are the same: drafts are read together and kept as far as the model chooses
+        them itself, from the same bits and random numbers. `drafting` says how it went.
         """
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
-        options = generation.Options(max_new_tokens, sampling, seed, stop, chunk, reuse)
+        options = generation.Options(max_new_tokens, sampling, seed, stop, chunk, reuse, draft)
         generation_of(self.manifest)
-        writer = Writer(self._runner, self._pool, lambda: self.tokenizer)
+        writer = Writer(self._runner, self._pool, lambda: self.tokenizer, self._drafters)
         return writer.stream(prompt, options) if stream else writer.whole(prompt, options)
+
+    @property
+    def drafting(self) -> Drafting:
+        """What drafting did in all calls so far."""
+        return self._drafters.tally
+
+    @cached_property
+    def _drafters(self) -> Drafters:
+        return Drafters(generation_of(self.manifest).draft)
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a text; needs the package `tokenizers` and a tokenizer in the artefact."""

@@ -15,6 +15,7 @@ from sylvester.compiler.calibration import Calibration
 from sylvester.compiler.causal_lm import analyse
 from sylvester.compiler.changes import Refusal
 from sylvester.compiler.compiled import Compiled
+from sylvester.compiler.draft_option import DraftOption
 from sylvester.compiler.errors import CompileError, Unsupported
 from sylvester.compiler.huggingface_parts import leave_out, require_present
 from sylvester.compiler.ledger import Ledger
@@ -70,7 +71,7 @@ def compile(
     target: Target | str = "cpu",
     passes: str | Step | Sequence[str | Step] = (),
     calibration: Iterable[Any] | Calibration | None = None,
-    draft: Sequence[Pass] | None = None,
+    draft: str | Step | Sequence[str | Step] | None = None,
     budget: Budget | str | Mapping[str, Any] | None = None,
     dynamic: Any = None,
     tune: float | None = None,
@@ -83,16 +84,21 @@ def compile(
     [batch, tokens], tuples of inputs or dicts by name. The last quarter is held back for measuring only.
     With a `budget`, what each layer becomes is searched for after `passes`, within bounds on size, latency, memory and
     quality.
+
+    `draft` is what makes a cheaper copy of `decode` that proposes tokens while generating, which the model verifies:
+    lossy passes by name or as instances, "ngram" for what was read before, or both. What is generated stays the same.
     """
-    _refuse_untaken(draft=draft)
     report = progress or silent
     chosen = Target.parse(target, threads=threads, tune=tune)
     backend = registry.lookup("targets", chosen.name)()
     if chosen.tune is not None and not getattr(backend, "tunes", False):
         raise Unsupported(f"the target {chosen.name!r} has nothing to tune", hint="leave out `tune`")
     steps = (*resolve_passes(passes), *_searched(budget, calibration))
+    drafts = None if draft is None else DraftOption.parse(draft)
     data = listed(calibration)
-    key = compile_cache.key(model, example_inputs, dynamic, chosen, steps, backend, data)
+    key = compile_cache.key(
+        model, example_inputs, dynamic, chosen, (*steps, *([drafts] if drafts else [])), backend, data
+    )
     if reused := compile_cache.reuse(key, threads):
         return reused
     program, raised = _trace(model, example_inputs, dynamic, report, chosen.max_length)
@@ -101,6 +107,11 @@ def compile(
         expansion = expand(steps, program, backend.machine(program, chosen))
     rewrites = expansion.passes
     program, rewritten = _rewrite(program, rewrites, report)
+    if drafts:
+        with watching(report):
+            step = drafts.expand(program, backend.machine(program, chosen))
+        program, drafted = _rewrite(program, (step,), report)
+        rewrites, rewritten = (*rewrites, step), Ledger(rewritten.rows + drafted.rows)
     folder = compile_cache.workplace(key)
     try:
         manifest = backend.build(program, chosen, folder, report)
@@ -196,14 +207,6 @@ def _searched(budget: Budget | str | Mapping[str, Any] | None, calibration: obje
         hint = "compile(..., calibration=texts)"
         raise CompileError(f"a {wanted} is kept by measuring on calibration data, and there is none", hint=hint)
     return (registry.resolve(SEARCH)(budget=wanted),)
-
-
-def _refuse_untaken(**options: object) -> None:
-    for name, value in options.items():
-        if value is not None:
-            raise Unsupported(
-                f"`{name}` is not taken by this version, found {type(value).__name__}", hint=f"leave out `{name}`"
-            )
 
 
 def _add_tokenizer(program: Program, folder: Path) -> None:

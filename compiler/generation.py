@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING
 
-from sylvester.compiler.errors import InputError
+from sylvester.compiler.drafts import Drafters, Drafting
+from sylvester.compiler.errors import InputError, Unsupported
 from sylvester.compiler.manifest import Manifest
 from sylvester.compiler.prompts import require_fit
 from sylvester.compiler.runner import Runner
 from sylvester.compiler.sampling import Sampling, require
-from sylvester.compiler.session import CHUNK, Session, generation_of
+from sylvester.compiler.session import CHUNK, generation_of
 from sylvester.compiler.session_pool import SessionPool
+from sylvester.compiler.speculation import Speculation
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +39,7 @@ class Options:
     stop: int | str | Sequence[int | str] | None = None
     chunk: int | None = None
     reuse: bool | None = None
+    draft: bool | str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "seed", "chunk"):
@@ -44,6 +47,8 @@ class Options:
                 require(name, value, Integral, lambda n: n >= 0, "a whole number, 0 or more, or None")
         if not isinstance(self.reuse, bool | None):
             raise InputError(f"reuse is {self.reuse!r}, expected True, False or None")
+        if self.draft not in (None, True, False, "ngram"):
+            raise InputError(f"draft is {self.draft!r}, expected 'ngram', False, or None for what was compiled")
         for item in self._stops():
             if isinstance(item, bool) or not isinstance(item, Integral | str) or item == "":
                 raise InputError(f"stop has {item!r}, expected token ids", hint="stop=(id, ...), for a text also texts")
@@ -71,41 +76,60 @@ class Options:
 
 
 def steps(
-    runner: Runner, prompt: Ids, options: Options, pool: SessionPool | None = None, rows: Sequence[int] = ()
+    runner: Runner,
+    prompt: Ids,
+    options: Options,
+    pool: SessionPool | None = None,
+    rows: Sequence[int] = (),
+    drafters: Drafters | None = None,
 ) -> Iterator[Ids]:
     """The new token of every row [batch], step by step, until the limit or until every row has stopped.
 
     A row that has stopped repeats its stop id. Prompts of a batch have equal lengths. A prompt that does not fit is
     refused before the first step. `rows` are the numbers of the rows in the whole call: each draws for itself.
     """
+    import numpy as np
+
     count = budget(runner.manifest, prompt, options.max_new_tokens)
+    drafter = (drafters or Drafters(None)).find(options.draft)
+    if drafter:
+        _require_steady(runner.manifest)
     uniform = generation_of(runner.manifest).uniform
     chunk = options.chunk if options.chunk is not None else CHUNK if uniform else 0
     pool = pool if pool is not None and (uniform if options.reuse is None else options.reuse) else SessionPool(kept=0)
     session = pool.take(runner, prompt, chunk)
-    return _steps(session, pool, prompt, count, options, rows or range(len(prompt)))
+    draws = [
+        np.random.default_rng(np.random.SeedSequence(options.seed, spawn_key=(row,)))
+        for row in rows or range(len(prompt))
+    ]
+    speculation = Speculation(
+        session, options.sampling, lambda: np.array([draw.random() for draw in draws]), drafter,
+        drafters.tally if drafters else Drafting(),
+    )  # fmt: skip
+    return _steps(speculation, pool, prompt, count, options.stop_ids(runner.manifest))
 
 
-def _steps(
-    session: Session, pool: SessionPool, prompt: Ids, count: int, options: Options, rows: Sequence[int]
-) -> Iterator[Ids]:
+def _steps(speculation: Speculation, pool: SessionPool, prompt: Ids, count: int, stop: Sequence[int]) -> Iterator[Ids]:
     import numpy as np
 
-    stop = options.stop_ids(session.runner.manifest)
-    draws = [np.random.default_rng(np.random.SeedSequence(options.seed, spawn_key=(row,))) for row in rows]
-    tokens, done = prompt[:, session.position :], np.zeros(len(prompt), bool)
-    with pool.returned(session):
-        for step in range(count):
-            logits = session.feed(tokens)
-            uniform = np.array([draw.random() for draw in draws])
-            chosen = options.sampling.pick(logits, session.tokens, uniform)
-            if step:
-                chosen = np.where(done, tokens[:, 0], chosen)
-            done |= np.isin(chosen, stop)
-            yield chosen
-            if done.all():
-                return
-            tokens = chosen[:, None]
+    done, made, last = np.zeros(len(prompt), bool), 0, prompt[:, -1]
+    with pool.returned(speculation.session):
+        while made < count and not done.all():
+            for chosen in speculation.next(last, count - made, done) if made else [speculation.first(prompt)]:
+                last = np.where(done, last, chosen) if made else chosen
+                done |= np.isin(last, stop)
+                made += 1
+                yield last
+                if done.all():
+                    return
+
+
+def _require_steady(manifest: Manifest) -> None:
+    if not generation_of(manifest).steady:
+        raise Unsupported(
+            "this artefact cannot verify drafts: rounding depends on how many tokens come together",
+            hint="generate with draft=False",
+        )
 
 
 def budget(manifest: Manifest, prompt: Ids, wanted: int | None) -> int:

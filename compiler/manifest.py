@@ -95,6 +95,14 @@ class OutputSpec:
 
 
 @dataclass(frozen=True)
+class DraftSpec:
+    """What proposes tokens: an entry over the same caches, "" for none, and n-grams of what was read."""
+
+    entry: str = ""
+    ngram: bool = False
+
+
+@dataclass(frozen=True)
 class Generation:
     """What `generate` needs: the longest sequence the caches hold, the ids that end a text, variants of `decode`."""
 
@@ -103,6 +111,9 @@ class Generation:
     stages: tuple[Stage, ...] = ()
     uniform: bool = False
     """Whether `decode` computes what `prefill` does, but for rounding: a prompt may then be read in parts."""
+    steady: bool = False
+    """Whether a token read together with others has the bits it would have alone: drafts may then be verified."""
+    draft: DraftSpec | None = None
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,23 @@ class Session:
         parts = [self._run(entry, part) for entry, part in self._calls(tokens, PREFILL)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
+    def ahead(self, entry: str, tokens: Ids, distance: int) -> Logits:
+        """Logits [batch, vocabulary] of another entry for tokens [batch, n] `distance` positions after those held.
+
+        What it writes into the caches lies behind what they hold.
+        """
+        position = self.state.position
+        self.state.position = position + distance
+        try:
+            outputs = self.runner.run(entry, {self._ids: tokens}, self.state)
+        finally:
+            self.state.position = position
+        return self._logits(entry, outputs)[:, -1]
+
+    def stretch(self) -> int:
+        """How many tokens from here on the same entry reads."""
+        return self._length(self.position, self.limit - self.position) if self.position else self.limit
+
     def rewind(self, position: int) -> None:
         """Forget the tokens from `position` on. What the caches hold of them is never read, and is written anew."""
         if not 0 <= position <= self.position:
@@ -103,11 +120,14 @@ class Session:
 
     def _run(self, entry: str, tokens: Ids) -> Logits:
         """Logits [batch, n or 1, vocabulary]."""
-        spec = self.runner.manifest.entries[entry]
         outputs = self.runner.run(entry, {self._ids: tokens}, self.state)
         end = self.position + tokens.shape[1]
         self._tokens[:, self.position : end] = tokens
         self.state.position = end
+        return self._logits(entry, outputs)
+
+    def _logits(self, entry: str, outputs: dict[str, NDArray[Any]]) -> Logits:
+        spec = self.runner.manifest.entries[entry]
         output = next((o for o in spec.outputs if o.name == "logits"), spec.outputs[0])
         return floats(outputs[output.name], output.dtype)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sylvester.compiler import prompts, text
 from sylvester.compiler.arrays import is_tensor, to_tensor
+from sylvester.compiler.drafts import Drafters
 from sylvester.compiler.errors import InputError
 from sylvester.compiler.generation import Options, budget, steps
 from sylvester.compiler.runner import Runner
@@ -28,6 +29,7 @@ class Writer:
     runner: Runner
     pool: SessionPool
     tokenizer: Callable[[], Tokenizer]
+    drafters: Drafters
 
     def stream(self, prompt: Any, options: Options) -> Iterator[Any]:
         """Pieces of text, new ids of a single row, or arrays [batch] of new ids."""
@@ -88,10 +90,10 @@ class Writer:
             raise InputError(
                 f"stop has the text {options.stop_texts[0]!r}, but the prompt is token ids", hint="stop=(id, ...)"
             )
-        return steps(self.runner, ids, options, self.pool, rows)
+        return steps(self.runner, ids, options, self.pool, rows, self.drafters)
 
     def _pieces(self, prompt: str, options: Options, row: int = 0) -> Iterator[str]:
-        new = steps(self.runner, self._encoded(prompt), options, self.pool, (row,))
+        new = steps(self.runner, self._encoded(prompt), options, self.pool, (row,), self.drafters)
         return self._decoded((int(chosen[0]) for chosen in new), options)
 
     def _decoded(self, ids: Any, options: Options) -> Iterator[str]:

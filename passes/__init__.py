@@ -9,6 +9,7 @@ PASSES = {
     "canonicalize": "sylvester.passes.canonicalize:Canonicalize",
     "derive-decode": "sylvester.passes.derive_decode:DeriveDecode",
     "depth-schedule": "sylvester.passes.depth_schedule:DepthSchedule",
+    "draft": "sylvester.passes.draft:Draft",
     "drop-sublayers": "sylvester.passes.drop_sublayers:DropSublayers",
     "equalize": "sylvester.passes.equalize:Equalize",
     "finetune": "sylvester.passes.finetune:Finetune",

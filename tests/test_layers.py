@@ -63,9 +63,7 @@ def test_irregular_drops_leave_layers_in_order(attention, ffn):
     model = decoder(blocks=8)
     layers = find_layers(Pipeline((DropSublayers(attention=attention, ffn=ffn),))(model))
 
-    expected = [
-        [kind for kind, gone in (("attention", attention), ("ffn", ffn)) if n not in gone] for n in range(8)
-    ]
+    expected = [[kind for kind, gone in (("attention", attention), ("ffn", ffn)) if n not in gone] for n in range(8)]
     assert [[part.kind for part, _ in layer.main.parts] for layer in layers] == expected
     assert [layer.original for layer in layers] == list(range(8))
 
@@ -120,6 +118,7 @@ def test_a_stage_may_not_read_what_the_one_before_left_alone():
     layer = find_layers(program)[1]
     names = {node.name: node for node in shallow.graph.nodes}
     from sylvester.compiler.region import bypass
+
     bypass(shallow, names[layer.sites[DECODE].start.name], names[layer.sites[DECODE].end.name])
     _forget(shallow, {"k1", "v1"})
     program.entries |= {"shallow": shallow, "deep": program.entries[DECODE].clone()}

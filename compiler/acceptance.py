@@ -1,0 +1,108 @@
+"""Whether drafting pays: how often drafts are accepted, what reading several tokens takes, what was lost so far."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+FADING = 0.95
+"""What a round counts beside the one after it, in rates of acceptance (as DEL has it)."""
+PRIOR = (2.0, 1.0)
+"""Drafts accepted and rejected before the first one."""
+RECENT = 0.05
+"""What the last call counts among those before it, in times."""
+SLOPE = 0.1
+"""What one token more takes beside a call of one, until calls have been timed."""
+FRESH = 40
+"""Calls after which one of a single token is timed again."""
+ALLOWED, ADVANCE = 0.015, 6.0
+"""Part of all time that drafting may lose, and steps of plain decoding that it may lose at once."""
+
+
+@dataclass
+class Rate:
+    """Part of the drafts of a kind that are accepted."""
+
+    accepted: float = PRIOR[0]
+    rejected: float = PRIOR[1]
+
+    def __float__(self) -> float:
+        return self.accepted / (self.accepted + self.rejected)
+
+    def add(self, accepted: bool) -> None:
+        self.accepted = FADING * (self.accepted - PRIOR[0]) + PRIOR[0] + accepted
+        self.rejected = FADING * (self.rejected - PRIOR[1]) + PRIOR[1] + (not accepted)
+
+
+@dataclass
+class Mean:
+    """Of the values of late; one that is far off counts as twice or half the mean: something else ran."""
+
+    value: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        if self.count > 2:
+            value = min(max(value, self.value / 2), self.value * 2)
+        self.count += 1
+        self.value += max(1 / self.count, RECENT) * (value - self.value)
+
+
+@dataclass
+class Reading:
+    """Seconds of a call that reads n tokens: those of one token, and a share of them for each more."""
+
+    one: Mean = field(default_factory=Mean)
+    more: Mean = field(default_factory=lambda: Mean(SLOPE, 1))
+    calls: int = 0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self.calls += 1
+        if tokens == 1:
+            self.one.add(seconds)
+            self.calls = 0
+        elif self.one.count:
+            self.more.add(max(seconds / self.one.value - 1, 0.0) / (tokens - 1))
+
+    @property
+    def stale(self) -> bool:
+        """Whether it is time for a call of a single token."""
+        return self.one.count < 3 or self.calls >= FRESH
+
+    def __call__(self, tokens: int) -> float:
+        return self.one.value * (1 + self.more.value * (tokens - 1))
+
+
+@dataclass
+class Policy:
+    """Goes on drafting while one token more is expected to raise tokens per second, within what may be lost."""
+
+    rates: dict[Hashable, Rate] = field(default_factory=dict)
+    reading: Reading = field(default_factory=Reading)
+    drafting: Mean = field(default_factory=Mean)
+    """Seconds that drafting one token takes."""
+    total: float = 0.0
+    lost: float = 0.0
+
+    def rate(self, kind: Hashable) -> float:
+        return float(self.rates.setdefault(kind, Rate()))
+
+    def allowed(self) -> bool:
+        """Whether to draft now: not while it has lost too much, nor when a single token is to be timed."""
+        return not self.reading.stale and self.lost <= ALLOWED * self.total + ADVANCE * self.reading(1)
+
+    def pays(self, drafted: int, expected: float, chance: float) -> bool:
+        """Whether to draft one more after `drafted`, of which `expected` will be accepted, this one with `chance`."""
+        now = (1 + expected) / self._takes(drafted)
+        return (1 + expected + chance) / self._takes(drafted + 1) > now
+
+    def _takes(self, drafted: int) -> float:
+        return self.reading(drafted + 1) + drafted * self.drafting.value
+
+    def settle(self, read: int, made: int, seconds: float, drafting: float) -> None:
+        """A round read `read` tokens in `seconds` and made `made`, after `drafting` seconds of drafting."""
+        self.reading.add(read, seconds)
+        spent = seconds + drafting
+        self.total += spent
+        if read > 1 or drafting:
+            self.lost = max(self.lost + spent - made * self.reading(1), -ALLOWED * self.total)

@@ -1,0 +1,132 @@
+"""decode -> decode, draft: a cheaper copy of `decode` that proposes tokens, which the untouched one verifies.
+
+The copy is what lossy passes make of it. It reads the caches of the model, and writes what it drafts behind them, where
+verification writes again: skipped layers (Xia et al., SWIFT, 2025), quantised substitutes (Wang et al., SubSpec, 2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from sylvester.compiler.changes import Changes
+from sylvester.compiler.errors import CompileError, Unsupported
+from sylvester.compiler.ledger import Ledger
+from sylvester.compiler.pipeline import Contract, Pass, Pipeline
+from sylvester.compiler.program import Binding, Entry, Output, Program, binding
+from sylvester.compiler.steady import DRAFT, unsteady
+
+DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class Draft(Pass):
+    """Adds an entry `draft`, made by `steps`; with `ngram`, what was read before proposes tokens too.
+
+    `Unsupported` where tokens that are read together would not have the bits of tokens read one by one, and where a
+    step changes what caches hold.
+    """
+
+    name: ClassVar[str] = "draft"
+    contract: ClassVar[Contract] = "drafted"
+    steps: tuple[Pass, ...] = ()
+    ngram: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, tuple) or not all(isinstance(step, Pass) for step in self.steps):
+            raise TypeError(f"steps is {self.steps!r}, expected a tuple of passes")
+        if not isinstance(self.ngram, bool):
+            raise TypeError(f"ngram is {self.ngram!r}, expected True or False")
+        if not self.steps and not self.ngram:
+            raise ValueError("nothing drafts: give steps, or ngram=True")
+
+    def __str__(self) -> str:
+        parts = [*map(str, self.steps), *(["ngram"] if self.ngram else [])]
+        return f"draft({', '.join(parts)})"
+
+    def requires(self, program: Program) -> None:
+        if DECODE not in program.entries:
+            raise Unsupported(f"drafting needs an entry 'decode', the program has {list(program.entries)}")
+        if DRAFT in program.info:
+            raise CompileError("the program drafts already", hint="give all that drafts in one pass")
+        refusal = unsteady(program)
+        if refusal:
+            raise Unsupported(f"drafts cannot be verified together: {refusal.reason}", at=refusal.at)
+
+    def run(self, program: Program) -> Changes:
+        changes = Changes()
+        program.info[DRAFT] = {"entry": DRAFT if self.steps else "", "ngram": self.ngram}
+        if not self.steps:
+            changes.apply("ngram", DECODE)
+            return changes
+        cheaper, ledger = Pipeline(self.steps, check=False).run(program)
+        entry = cheaper.entries[DECODE]
+        _keep_slots(program, cheaper, entry, _names(program, ledger))
+        shared, new = _add_weights(program, cheaper, entry)
+        program.entries[DRAFT] = entry
+        changes.apply("entry", DRAFT)
+        changes.note(f"drafting shares {shared} weights with the model and has {new} of its own")
+        for row in ledger.rows:
+            for refused in row.changes.refused:
+                changes.refused.append(refused)
+        return changes
+
+
+def _names(program: Program, ledger: Ledger) -> dict[str, str]:
+    """Slot of the cheaper program -> slot of the program; `Unsupported` where they hold different things."""
+    names = {key: key for key in program.state}
+    for row in ledger.rows:
+        if row.changes.bases:
+            slot = sorted(row.changes.bases)[0]
+            raise Unsupported(
+                f"{row.text} changes what the cache {slot!r} holds, which drafting shares with the model",
+                hint="draft with passes that leave caches alone, such as quantize(weights=4) or skip-layers",
+            )
+        if row.changes.renamed:
+            names = {row.changes.renamed[new]: old for new, old in names.items() if new in row.changes.renamed}
+    return names
+
+
+def _keep_slots(program: Program, cheaper: Program, entry: Entry, names: Mapping[str, str]) -> None:
+    """The entry reads and writes the slots of the program."""
+    for key in {binding(node).key for node in entry.placeholders("state")}:
+        old, new = program.state[names[key]], cheaper.state[key]
+        if old.dtype != new.dtype or list(map(str, old.shape)) != list(map(str, new.shape)):
+            raise Unsupported(
+                f"the draft has caches of {new.dtype}{list(new.shape)}, the model of {old.dtype}{list(old.shape)}",
+                hint="put quantize-cache among the passes of the model: drafting shares its caches",
+            )
+    for node in entry.placeholders("state"):
+        node.meta["bind"] = Binding("state", names[binding(node).key])
+    pairs = list(zip(entry.outputs, entry.results(), strict=True))
+    kept = [(_renamed(o, names), n) for o, n in pairs if o.kind == "output" or not _untouched(n)]
+    entry.outputs = [output for output, _ in kept]
+    entry.graph.output_node().args = (tuple(node for _, node in kept),)
+    entry.sweep()
+
+
+def _renamed(output: Output, names: Mapping[str, str]) -> Output:
+    return output if output.kind == "output" else Output("state", names[output.name])
+
+
+def _untouched(node: fx.Node) -> bool:
+    return node.op == "placeholder"
+
+
+def _add_weights(program: Program, cheaper: Program, entry: Entry) -> tuple[int, int]:
+    """How many weights are the program's own, and how many were added to it."""
+    shared = new = 0
+    for node in entry.placeholders("weight"):
+        key = binding(node).key
+        tensor = cheaper.weights[key]
+        if key in program.weights and program.weights[key] is tensor:
+            shared += 1
+            continue
+        fresh = program.weights.fresh(f"draft.{key}")
+        program.weights[fresh] = tensor
+        node.meta["bind"] = Binding("weight", fresh)
+        new += 1
+    return shared, new
