@@ -21,8 +21,8 @@ from sylvester.compiler.manifest import (
     TensorSpec,
 )
 from sylvester.compiler.program import Entry, Program, binding, value
-from sylvester.compiler.stages import KEY, stages_of
-from sylvester.compiler.steady import DRAFT, unsteady
+from sylvester.compiler.stages import DRAFT, KEY, stages_of
+from sylvester.compiler.steady import unsteady
 from sylvester.compiler.target import Target
 from sylvester.compiler.uniform import is_uniform
 

@@ -15,6 +15,8 @@ SLOPE = 0.1
 """What one token more takes beside a call of one, until calls have been timed."""
 FRESH = 40
 """Calls after which one of a single token is timed again."""
+PATIENCE = (32, 1024)
+"""Calls without drafts after which one is tried, though it did not pay: at first, and at most."""
 ALLOWED, ADVANCE = 0.015, 6.0
 """Part of all time that drafting may lose, and steps of plain decoding that it may lose at once."""
 
@@ -83,6 +85,8 @@ class Policy:
     """Seconds that drafting one token takes."""
     total: float = 0.0
     lost: float = 0.0
+    idle: int = 0
+    patience: int = PATIENCE[0]
 
     def rate(self, kind: Hashable) -> float:
         return float(self.rates.setdefault(kind, Rate()))
@@ -93,6 +97,8 @@ class Policy:
 
     def pays(self, drafted: int, expected: float, chance: float) -> bool:
         """Whether to draft one more after `drafted`, of which `expected` will be accepted, this one with `chance`."""
+        if not drafted and self.idle >= self.patience:
+            return True
         now = (1 + expected) / self._takes(drafted)
         return (1 + expected + chance) / self._takes(drafted + 1) > now
 
@@ -104,5 +110,8 @@ class Policy:
         self.reading.add(read, seconds)
         spent = seconds + drafting
         self.total += spent
+        self.idle += 1
         if read > 1 or drafting:
-            self.lost = max(self.lost + spent - made * self.reading(1), -ALLOWED * self.total)
+            gained = made * self.reading(1) - spent
+            self.lost = max(self.lost - gained, -ALLOWED * self.total)
+            self.idle, self.patience = 0, PATIENCE[0] if gained > 0 else min(2 * self.patience, PATIENCE[1])

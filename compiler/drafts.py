@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     Ids = NDArray[np.int64]
     Uniform = NDArray[np.float64]
 
+FIRST = "first"
+"""Kind of a first token that a model has yet to draft."""
 SURE = (0.3, 0.6, 0.8, 0.95)
 """Probabilities between kinds of drafts."""
 
@@ -32,15 +34,15 @@ class Draft:
         self.seconds = 0.0
         self.expected, self.reach = 0.0, 1.0
 
-    def grow(self, policy: Policy, tokens: Ids, kind: object) -> bool:
-        """Take one more token unless that does not pay."""
-        chance = self.reach * policy.rate(kind)
-        if not policy.pays(len(self.tokens), self.expected, chance):
-            return False
+    def worth(self, policy: Policy, kind: object) -> bool:
+        """Whether one more token of this kind pays."""
+        return policy.pays(len(self.tokens), self.expected, self.reach * policy.rate(kind))
+
+    def add(self, policy: Policy, tokens: Ids, kind: object) -> None:
         self.tokens.append(tokens)
         self.kinds.append(kind)
-        self.reach, self.expected = chance, self.expected + chance
-        return True
+        self.reach *= policy.rate(kind)
+        self.expected += self.reach
 
 
 class Drafter(Protocol):
@@ -76,8 +78,10 @@ class NGramDrafter:
             if None in found:
                 break
             tokens = [token for token, _ in found]  # type: ignore[misc]
-            if not draft.grow(self.policy, np.array(tokens), min(length for _, length in found)):  # type: ignore[misc]
+            kind = min(length for _, length in found)  # type: ignore[misc]
+            if not draft.worth(self.policy, kind):
                 break
+            draft.add(self.policy, np.array(tokens), kind)
             for row, token in zip(rows, tokens, strict=True):
                 row.append(token)
         return draft
@@ -101,21 +105,18 @@ class ModelDrafter:
 
         draft, tokens, start = Draft(), last, time.perf_counter()
         context = session.tokens if sampling.repetition_penalty != 1 else session.tokens[:, :0]
-        made = 0
-        while made < most and (not made or self._worth(draft)):
+        likely: object = FIRST
+        while len(draft.tokens) < most and draft.worth(self.policy, likely):
+            made = len(draft.tokens)
             logits = session.ahead(self.entry, tokens[:, None], made)
             context = np.concatenate([context, tokens[:, None]], 1) if context.shape[1] else context
             tokens = sampling.pick(logits, context, uniform[made])
-            made += 1
-            if not draft.grow(self.policy, tokens, _kind(logits, tokens)):
-                break
-        draft.seconds = time.perf_counter() - start
-        self.policy.drafting.add(draft.seconds / made)
+            likely = _kind(logits, tokens)
+            draft.add(self.policy, tokens, likely)
+        if draft.tokens:
+            draft.seconds = time.perf_counter() - start
+            self.policy.drafting.add(draft.seconds / len(draft.tokens))
         return draft
-
-    def _worth(self, draft: Draft) -> bool:
-        """Whether a token as good as the last one would be taken, so that it is worth making."""
-        return self.policy.pays(len(draft.tokens), draft.expected, draft.reach * self.policy.rate(draft.kinds[-1]))
 
     def learn(self, session: Session, start: int, kept: int, expected: Ids) -> None:
         return None

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sylvester.compiler.drafts import Draft, Drafter, Drafting
+from sylvester.compiler.drafts import FIRST, Draft, Drafter, Drafting
 from sylvester.compiler.sampling import Sampling
 from sylvester.compiler.session import Session
 
@@ -88,4 +88,6 @@ class Speculation:
         policy = self.drafter.policy
         for number, kind in enumerate(draft.kinds[:made]):
             policy.rates[kind].add(number < made - 1)
+        if draft.seconds:
+            policy.rates[FIRST].add(made > 1)
         policy.settle(len(draft.tokens) + 1, made, seconds, draft.seconds)

@@ -9,6 +9,8 @@ from typing import Any
 DECODE = "decode"
 KEY = "stages"
 """Key of `Program.info`; absent: every step is `decode`."""
+DRAFT = "draft"
+"""Key of `Program.info`: the entry that drafts, "" for none, and whether n-grams draft."""
 
 
 @dataclass(frozen=True)

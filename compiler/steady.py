@@ -13,8 +13,6 @@ from sylvester.compiler.sparse_ops import sparse_glu, sparse_linear
 from sylvester.compiler.stages import stages_of
 
 aten = torch.ops.aten
-DRAFT = "draft"
-"""Key of `Program.info`: the entry that drafts, "" for none, and whether n-grams draft."""
 SPARSE = frozenset({sparse_glu.target, sparse_linear.target})
 PRODUCTS = frozenset(
     {aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}

@@ -7,7 +7,7 @@ from torch import Tensor, fx
 from sylvester.compiler.cache_ops import UPDATES
 from sylvester.compiler.errors import InvalidProgram
 from sylvester.compiler.program import Binding, Entry, Program, binding, value
-from sylvester.compiler.stages import stages_of
+from sylvester.compiler.stages import DRAFT, stages_of
 
 
 def verify(program: Program) -> None:
@@ -68,7 +68,8 @@ def _verify_weight(weight: Tensor, node: fx.Node) -> None:
 def _verify_slots(program: Program) -> None:
     """Slots are 0..k-1; an entry that touches state writes each slot once and reads a slot only after writing it.
 
-    A later stage of decoding may leave slots alone, for good: what a step reads, every step before it wrote.
+    A later stage of decoding may leave slots alone, for good: what a step reads, every step before it wrote. What
+    drafts may leave any alone: others write what it reads.
     """
     indices = sorted(slot.index for slot in program.state.values())
     if indices != list(range(len(indices))):
@@ -84,8 +85,11 @@ def _verify_slots(program: Program) -> None:
 
 
 def _expected_slots(program: Program) -> dict[str, set[str]]:
-    """The slots of the stages of decoding after the first: what each touches, when the one before touches that too."""
+    """The slots of what drafts, and of the stages of decoding after the first, which the one before touches too."""
     found: dict[str, set[str]] = {}
+    drafts = program.entries.get(program.info.get(DRAFT, {}).get("entry", ""))
+    if drafts is not None:
+        found[program.info[DRAFT]["entry"]] = {o.name for o in drafts.outputs if o.kind == "state"}
     before = set(program.state)
     for stage in stages_of(program.info):
         entry = program.entries.get(stage.entry)

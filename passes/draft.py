@@ -17,7 +17,8 @@ from sylvester.compiler.errors import CompileError, Unsupported
 from sylvester.compiler.ledger import Ledger
 from sylvester.compiler.pipeline import Contract, Pass, Pipeline
 from sylvester.compiler.program import Binding, Entry, Output, Program, binding
-from sylvester.compiler.steady import DRAFT, unsteady
+from sylvester.compiler.stages import DRAFT
+from sylvester.compiler.steady import unsteady
 
 DECODE = "decode"
 
