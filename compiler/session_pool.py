@@ -25,10 +25,13 @@ class SessionPool:
         self._kept: deque[Session] = deque(maxlen=kept)
 
     def take(self, runner: Runner, prompt: Ids, chunk: int = 0) -> Session:
-        """A session at the end of the longest known beginning of `prompt` [batch, length], never all of it."""
-        for common, session in sorted(self._candidates(prompt), key=lambda found: -found[0]):
+        """A session at the end of the longest known beginning of `prompt` [batch, length], never all of it.
+
+        Without one, the oldest begins anew if the pool is full.
+        """
+        for common, session in self._fit(prompt):
             if self._removed(session):
-                session.rewind(common if SHARE * common >= prompt.shape[1] else 0)
+                session.rewind(common)
                 session.prompt, session.chunk = prompt.shape[1], chunk
                 return session
         return Session.begin(runner, prompt, chunk)
@@ -49,8 +52,12 @@ class SessionPool:
     def clear(self) -> None:
         self._kept.clear()
 
-    def _candidates(self, prompt: Ids) -> list[tuple[int, Session]]:
-        return [(_common(s.tokens, prompt), s) for s in tuple(self._kept) if len(s.tokens) == len(prompt)]
+    def _fit(self, prompt: Ids) -> list[tuple[int, Session]]:
+        """(position to go on from, session) of as many rows, the best first."""
+        kept = tuple(self._kept)
+        alike = [(_common(s.tokens, prompt), s) for s in kept if len(s.tokens) == len(prompt)]
+        known = sorted((x for x in alike if SHARE * x[0] >= prompt.shape[1]), key=lambda x: -x[0])
+        return known + [(0, s) for _, s in alike if len(kept) == self._kept.maxlen]
 
     def _removed(self, session: Session) -> bool:
         """False when another thread has taken it."""
