@@ -145,16 +145,16 @@ class Drafters:
         self.spec = spec or DraftSpec()
         self.tally = Drafting()
         self._table = NGrams()
-        self._made: dict[DraftSpec, Drafter] = {}
+        self._made: dict[tuple[DraftSpec, bool], Drafter] = {}
 
-    def find(self, wanted: bool | str | None) -> Drafter | None:
-        """None: as compiled; False: none; "ngram": n-grams, whatever was compiled."""
+    def find(self, wanted: bool | str | None, greedy: bool = True) -> Drafter | None:
+        """None: as compiled; False: none; "ngram": n-grams, whatever was compiled. Rates of `greedy` calls are apart."""
         spec = DraftSpec(ngram=True) if wanted == "ngram" else DraftSpec() if wanted is False else self.spec
         if spec == DraftSpec():
             return None
-        if spec not in self._made:
-            self._made[spec] = self._make(spec)
-        return self._made[spec]
+        if (spec, greedy) not in self._made:
+            self._made[spec, greedy] = self._make(spec)
+        return self._made[spec, greedy]
 
     def _make(self, spec: DraftSpec) -> Drafter:
         policy = Policy()

@@ -91,7 +91,7 @@ def steps(
     import numpy as np
 
     count = budget(runner.manifest, prompt, options.max_new_tokens)
-    drafter = (drafters or Drafters(None)).find(options.draft)
+    drafter = (drafters or Drafters(None)).find(options.draft, options.sampling.temperature == 0)
     if drafter:
         _require_steady(runner.manifest)
     uniform = generation_of(runner.manifest).uniform
