@@ -31,6 +31,7 @@ def attention(
     scale: float,
     causal: bool,
     window: int,
+    softcap: float = 0.0,
     *,
     products: str = "f32",
     records: str = "",
@@ -77,6 +78,7 @@ def attention(
                 f"{float(scale)!r}f",
                 index(int(causal)),
                 index(window),
+                f"{float(softcap)!r}f",
             ),
             writes=(y.name, *([part.name] if part else [])),
             reads=tuple(w.buffer for w in (*views, *([covering] if covering else [])))

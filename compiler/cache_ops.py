@@ -120,8 +120,8 @@ def kv_update_q(cache: Tensor, new: Tensor, past: Tensor, bits: int) -> Tensor:
 @op(
     cost=attention_cost,
     examples=(
-        ((2, 4, 3, 8), Records((2, 2, 16, 8), 8), Records((2, 2, 16, 8), 8), None, Ints((), 13), 0.35, True, 0, 8),
-        ((2, 4, 5, 70), Records((2, 2, 7, 70), 4), Records((2, 2, 7, 70), 4), (2, 1, 5, 7), None, 0.1, False, 0, 4),
+        ((2, 4, 3, 8), Records((2, 2, 16, 8), 8), Records((2, 2, 16, 8), 8), None, Ints((), 13), 0.35, True, 0, 1.5, 8),
+        ((2, 4, 5, 70), *2 * (Records((2, 2, 7, 70), 4),), (2, 1, 5, 7), None, 0.1, False, 0, 0.0, 4),
     ),
 )
 def attention_q(
@@ -133,11 +133,12 @@ def attention_q(
     scale: float,
     causal: bool,
     window: int,
+    softcap: float,
     bits: int,
 ) -> Tensor:
     """`attention` over records k and v [batch, kv heads, keys, bytes] of as many features as q has."""
     keys, values = (dequantize_records(t, q.shape[-1], bits).to(q.dtype) for t in (k, v))
-    return attention.reference(q, keys, values, mask, past, scale, causal, window)
+    return attention.reference(q, keys, values, mask, past, scale, causal, window, softcap)
 
 
 UPDATES: frozenset[Any] = frozenset({kv_update.target, kv_update_q.target})

@@ -64,11 +64,19 @@ def makes_tensor(node: fx.Node) -> bool:
 
 
 def fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: Tensor | None, scale: float, causal: bool, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    past: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float = 0.0,
 ) -> Tensor:
     """`ops.attention` where every query sees a key: memory is linear in the keys, also for the gradient."""
-    if mask is not None or (window and not causal):
-        return ops.attention.reference(q, k, v, mask, past, scale, causal, window)
+    if mask is not None or softcap or (window and not causal):
+        return ops.attention.reference(q, k, v, mask, past, scale, causal, window, softcap)
     k, v = (ops.repeated_heads(t.to(q.dtype), q) for t in (k, v))
     if past is None and not window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)

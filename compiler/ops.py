@@ -173,14 +173,24 @@ def repeated_heads(x: Tensor, q: Tensor) -> Tensor:
 
 
 def attention_weights(
-    q: Tensor, k: Tensor, mask: Tensor | None, past: Tensor | None, scale: float, causal: bool, window: int
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    past: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float = 0.0,
 ) -> Tensor:
     """softmax(q k^T * scale + mask) [batch, heads, queries, keys] with as many heads in k; as in `attention`."""
     scores = q @ k.transpose(-2, -1) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if causal or window:
         seen = visible(q.shape[2], k.shape[2], 0 if past is None else past, causal, window, q.device)
         scores = scores.masked_fill(~seen, -math.inf)
     if mask is not None:
+        mask = mask if past is None else mask[..., : k.shape[2]]
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     return torch.softmax(scores, -1).nan_to_num(0.0)
 
@@ -196,19 +206,30 @@ def attention_cost(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Cost:
         ((2, 4, 5, 8), (2, 4, 7, 8), (2, 4, 7, 6), (2, 1, 5, 7), None, 0.5, False, 0),
         ((1, 3, 9, 16), (1, 1, 9, 16), (1, 1, 9, 16), None, None, 0.25, True, 4),
         ((2, 4, 3, 8), (2, 2, 16, 8), (2, 2, 16, 8), None, Ints((), 13), 0.35, True, 0),
+        ((1, 4, 9, 16), (1, 2, 9, 16), (1, 2, 9, 16), None, None, 2.0, True, 4, 3.0),
+        ((2, 4, 3, 8), (2, 2, 16, 8), (2, 2, 16, 8), (1, 4, 1, 16), Ints((), 13), 0.35, True, 0, 1.5),
     ),
 )
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: Tensor | None, scale: float, causal: bool, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    past: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float = 0.0,
 ) -> Tensor:
     """softmax(q k^T * scale + mask) v over q [batch, heads, queries, d], k and v [batch, kv heads, keys, d].
 
     Query heads share key heads in consecutive groups. `mask` is bool (True = visible) or added to the scores.
     `window` > 0 keeps the last `window` keys up to the query. With `past` (0-d integer), k and v are caches: query i
-    stands at position past + i, and keys after it are not read. A row that sees no key is 0. k and v may be bfloat16.
+    stands at position past + i, and keys after it are not read; the mask may be of more keys. A row that sees no key
+    is 0. k and v may be bfloat16. `softcap` c > 0 makes scores s, before the mask, c tanh(s / c) (Gemma 2, 2024).
     """
     k, v = (repeated_heads(t.to(q.dtype), q) for t in (k, v))
-    return attention_weights(q, k, mask, past, scale, causal, window) @ v
+    return attention_weights(q, k, mask, past, scale, causal, window, softcap) @ v
 
 
 @op(cost=elementwise_cost, examples=(((2, 3, 8), (2, 3, 8)),))

@@ -213,10 +213,19 @@ def widen_bf16(weight: Tensor) -> Tensor:
         ((2, 4, 12, 8), (2, 2, 12, 8), (2, 2, 12, 8), None, None, 0.35, True, 0),
         ((2, 4, 15, 7), (2, 4, 7, 7), (2, 4, 7, 6), (2, 1, 15, 7), None, 0.5, False, 0),
         ((2, 4, 3, 8), (2, 2, 16, 8), (2, 2, 16, 8), None, Ints((), 13), 0.35, True, 0),
+        ((2, 4, 12, 8), (2, 2, 12, 8), (2, 2, 12, 8), None, None, 0.35, True, 0, 1.5),
     ),
 )
 def attention_bf16(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: Tensor | None, scale: float, causal: bool, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    past: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float = 0.0,
 ) -> Tensor:
     """`attention` with q, k, v and the softmax rounded to bfloat16 where they are multiplied; all sums are float32.
 
@@ -225,7 +234,7 @@ def attention_bf16(
     """
     rounded = [t.to(BF16).to(q.dtype) for t in (q, k, v)]
     q, k, v = rounded[0], *(repeated_heads(t, q) for t in rounded[1:])
-    weights = attention_weights(q, k, mask, past, scale, causal, window)
+    weights = attention_weights(q, k, mask, past, scale, causal, window, softcap)
     return weights.to(BF16).to(q.dtype) @ v
 
 

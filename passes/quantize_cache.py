@@ -12,6 +12,7 @@ from torch import fx
 from sylvester.compiler.cache_ops import BITS, attention_q, kv_update_q, record_bytes
 from sylvester.compiler.calls import resized
 from sylvester.compiler.changes import Changes, Refusal
+from sylvester.compiler.forms import arguments
 from sylvester.compiler.ops import kv_update
 from sylvester.compiler.pipeline import Contract, Pass
 from sylvester.compiler.program import Entry, Program, StateSlot, binding, fake_empty, value
@@ -141,7 +142,7 @@ def _read(entry: Entry, bits: int) -> None:
     """Attention over records."""
     for node in entry.calls(*ATTENTIONS):
         if cast(fx.Node, node.args[1]).target is kv_update_q.target:
-            new = entry.emit(attention_q.target, *node.args, bits, before=node, made_by=QuantizeCache.name)
+            new = entry.emit(attention_q.target, *arguments(node), bits, before=node, made_by=QuantizeCache.name)
             entry.replace(node, new)
 
 

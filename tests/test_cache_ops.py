@@ -98,7 +98,7 @@ def test_bytes_of_records() -> None:
 def test_records_of_another_width_are_refused() -> None:
     q, records = torch.randn(1, 1, 1, 64), torch.zeros(1, 1, 3, 68, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"of 68, expected torch.uint8 of 36 bytes for 64 features"):
-        attention_q(q, records, records, None, None, 0.1, False, 0, 4)
+        attention_q(q, records, records, None, None, 0.1, False, 0, 0.0, 4)
     with pytest.raises(ValueError, match=r"records are torch.float32 of 68"):
         dequantize_records(records.float(), 64, 8)
 
@@ -115,8 +115,8 @@ def test_ops_are_those_over_what_records_hold(bits: int) -> None:
     rows = dequantize_records(quantize_records(new, bits), 20, bits)
     wide = kv_update(dequantize_records(cache, 20, bits), rows, past)
     assert dequantize_records(written, 20, bits).equal(wide)
-    found = attention_q(q, written, cache, None, past, 0.3, True, 4, bits)
-    assert found.equal(attention(q, wide, dequantize_records(cache, 20, bits), None, past, 0.3, True, 4))
+    found = attention_q(q, written, cache, None, past, 0.3, True, 4, 2.0, bits)
+    assert found.equal(attention(q, wide, dequantize_records(cache, 20, bits), None, past, 0.3, True, 4, 2.0))
 
 
 def scores_error(x: Tensor, y: Tensor, v: Tensor, k: Tensor) -> float:

@@ -54,13 +54,15 @@ class Args(ctypes.Structure):
         + [(f"{name}_stride", ctypes.c_int64 * 3) for name in "yqkv"]
         + [("mask_stride", ctypes.c_int64 * 4), ("scale", ctypes.c_float), ("causal", ctypes.c_int)]
         + [("offset", ctypes.c_int64), ("window", ctypes.c_int64), ("steady", ctypes.c_int)]
+        + [("softcap", ctypes.c_float)]
     )
 
 
-def reference(q, k, v, mask, case):
+def reference(q, k, v, mask, case, softcap=0.0):
     _, heads, kv_heads, rows, _, keys, causal, offset, window = case
     k, v = (np.repeat(x[:, :, :keys], heads // kv_heads, 1).astype(np.float64) for x in (k, v))
     score = q.astype(np.float64) @ k.swapaxes(2, 3) * q.shape[-1] ** -0.5
+    score = softcap * np.tanh(score / softcap) if softcap else score
     last, j = np.arange(rows)[:, None] + offset, np.arange(keys)[None]
     visible = np.ones((rows, keys), bool)
     visible &= (j <= last) if causal else True
@@ -85,7 +87,7 @@ def make_mask(rng, kind, shape):
     return np.broadcast_to(np.where(hidden, np.float32(-np.inf), values), shape)
 
 
-def pack_args(y, q, k, v, mask, case, part=None):
+def pack_args(y, q, k, v, mask, case, part=None, softcap=0.0):
     batch, heads, kv_heads, rows, _, keys, causal, offset, window = case
     four = [0] * 4 if mask is None else strides(mask, 4)
     address = None if mask is None else mask.ctypes.data
@@ -94,7 +96,8 @@ def pack_args(y, q, k, v, mask, case, part=None):
     sizes = (batch, heads, kv_heads, rows, keys)
     scale = q.shape[-1] ** -0.5
     shared = (None, 0) if part is None else (part.ctypes.data, part.size)
-    return Args(*pointers, address, *shared, *sizes, *steps, (ctypes.c_int64 * 4)(*four), scale, causal, offset, window)
+    by_mask = (ctypes.c_int64 * 4)(*four)
+    return Args(*pointers, address, *shared, *sizes, *steps, by_mask, scale, causal, offset, window, 0, softcap)
 
 
 def make_operands(rng, d, dv, cache, case):
@@ -109,15 +112,16 @@ def make_operands(rng, d, dv, cache, case):
     return y, q, (k, v), (bf16_values(k), bf16_values(v))
 
 
-def check(lib, made, instance, case, part=None):
+def check(lib, made, instance, case, part=None, softcap=0.0):
     d, dv, mask_kind, cache = instance
     rng = np.random.default_rng(0)
     batch, heads, _, rows, _, keys, *_ = case
     y, q, stored, (k, v) = make_operands(rng, d, dv, cache, case)
     mask = make_mask(rng, mask_kind, (batch, heads, rows, keys))
-    args = pack_args(y, q, *stored, mask, case, part)
+    args = pack_args(y, q, *stored, mask, case, part, softcap)
     assert run(lib, made, name_of(*instance), [], [np.frombuffer(args, np.uint8)]) == 0
-    np.testing.assert_allclose(y, reference(q, k, v, mask, case), rtol=1e-5, atol=3e-6, err_msg=str((instance, case)))
+    exact = reference(q, k, v, mask, case, softcap)
+    np.testing.assert_allclose(y, exact, rtol=1e-5, atol=3e-6, err_msg=str((instance, case)))
 
 
 @pytest.mark.parametrize("instance", INSTANCES, ids=str)
@@ -140,6 +144,17 @@ def test_keys_split_among_threads(isa, threads):
             for case in CASES:
                 check(lib, made, instance, case, part)
             assert not np.isnan(part[0])
+
+
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+@pytest.mark.parametrize("isa", supported(), ids=lambda isa: isa.name)
+def test_scores_with_a_soft_cap(isa, softcap):
+    lib = load(SOURCE, isa)
+    with team(lib, 3) as made:
+        for instance in INSTANCES:
+            part = np.zeros(part_floats(instance[1]), np.float32)
+            for case in CASES:
+                check(lib, made, instance, case, part, softcap)
 
 
 def test_room_for_parts_is_respected():

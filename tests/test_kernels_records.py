@@ -35,7 +35,7 @@ def instance_text(d: int, mask: str, bits: int) -> str:
     name = name_of(d, mask, bits)
     given = ", ".join([*(f"p[{n}]" for n in range(7)), *(f"i[{n}]" for n in range(22))])
     made = attention(f"a{name}", d, d, mask, cache=f"q{bits}") + render("attention_call.c.in", NAME=f"a{name}")
-    call = f"a{name}_call(t, {given}, sv_float((uint32_t)i[22]), i[23], i[24]);"
+    call = f"a{name}_call(t, {given}, sv_float((uint32_t)i[22]), i[23], i[24], sv_float((uint32_t)i[25]));"
     return made + export(name, call, f"a{name}_scratch")
 
 
@@ -48,7 +48,14 @@ UPDATES = records_header() + "".join(
 )
 
 
-def call(lib: ctypes.CDLL, made: ctypes.c_void_p, instance: Instance, case: tuple[int, ...], part: bool) -> None:
+def call(
+    lib: ctypes.CDLL,
+    made: ctypes.c_void_p,
+    instance: Instance,
+    case: tuple[int, ...],
+    part: bool,
+    softcap: float = 0.0,
+) -> None:
     """One case against the reference over what the records hold."""
     d, mask_kind, bits = instance
     batch, heads, kv_heads, rows, most, keys, causal, offset, window = case
@@ -62,13 +69,13 @@ def call(lib: ctypes.CDLL, made: ctypes.c_void_p, instance: Instance, case: tupl
     past = np.array(offset) if causal and offset >= 0 else None
     steps = [n for x in (y, q, k.numpy(), v.numpy()) for n in strides(x, 3)]
     steps += [0] * 4 if mask is None else strides(mask, 4)
-    scale = int(np.float32(d**-0.5).view(np.uint32))
+    scale, cap = (int(np.float32(x).view(np.uint32)) for x in (d**-0.5, softcap))
     sizes = [part_floats(d) if part else 0, batch, heads, kv_heads, rows, most if past is not None else keys]
     operands = [y, q, k.numpy(), v.numpy(), mask, past, room]
-    assert run(lib, made, name_of(*instance), [*sizes, *steps, scale, causal, window], operands) == 0
+    assert run(lib, made, name_of(*instance), [*sizes, *steps, scale, causal, window, cap], operands) == 0
     expected = case if past is None else (*case[:5], offset + rows, *case[6:])
     wide = [dequantize_records(t, d, bits).numpy() for t in (k, v)]
-    exact = reference(q, *wide, mask, expected)
+    exact = reference(q, *wide, mask, expected, softcap)
     np.testing.assert_allclose(y, exact, rtol=1e-5, atol=4e-6, err_msg=str((instance, case)))
 
 
@@ -86,6 +93,15 @@ def check_cases(
 @pytest.mark.parametrize("isa", supported(), ids=lambda isa: isa.name)
 def test_attention_over_records(isa: Isa, threads: int) -> None:
     check_cases(isa, threads, INSTANCES, USED)
+
+
+@pytest.mark.parametrize("isa", supported(), ids=lambda isa: isa.name)
+def test_scores_with_a_soft_cap(isa: Isa) -> None:
+    header = attention_header() + records_header()
+    lib = load(header + "".join(instance_text(*instance) for instance in INSTANCES), isa)
+    with team(lib, 2) as made:
+        for instance, case in itertools.product(INSTANCES, USED):
+            call(lib, made, instance, case, False, 2.0)
 
 
 @pytest.mark.parametrize("tuning", [Tuning(1, 32, 0, 32), Tuning(2, 64, 3, 64), Tuning(40, 512, 8, 1024)], ids=str)
