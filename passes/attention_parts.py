@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from sylvester.compiler.calls import same_sizes
 from sylvester.compiler.changes import Refusal
 from sylvester.compiler.forms import arguments, form
-from sylvester.compiler.masks import HIDDEN
 from sylvester.compiler.printing import op_name
 from sylvester.compiler.program import Entry, value
+from sylvester.passes.attention_scores import CASTS, MATMULS, RESHAPES, SCALES, Scores, split_heads
 
 aten = torch.ops.aten
-MATMULS = {aten.matmul.default, aten.bmm.default}
-CASTS = {aten.to.dtype, aten.type_as.default, aten._to_copy.default, aten.clone.default, aten.contiguous.default}
-SCALES = {aten.mul.Tensor, aten.div.Tensor}
 SWAP = [-1, -2]
+LAYERS = {aten.linear.default, aten.layer_norm.default, aten.embedding.default}
+NEAR = 6
+"""Ops between a product and a softmax up to which the two are taken to be a part of one attention."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Operands of one attention whose result is `out`; every mask is bool (True = visible) or added to the scores."""
+    """Operands of one attention whose result is `out`; every mask is bool (True = visible) or added to the scores.
+
+    Where `merged`, batch and heads are one axis of `out` and two of the operands.
+    """
 
     out: fx.Node
     q: fx.Node
@@ -33,6 +39,8 @@ class Attention:
     scale: float
     causal: bool
     window: int = 0
+    softcap: float = 0.0
+    merged: bool = False
 
 
 def from_call(node: fx.Node) -> Attention | Refusal:
@@ -52,7 +60,9 @@ def from_softmax(entry: Entry, node: fx.Node) -> Attention | Refusal | None:
     """Walk from a softmax up through masks and scales to q kᵀ and down to the product with v; None without q kᵀ."""
     scores = Scores(entry, node)
     product = scores.walk()
-    if not isinstance(product, fx.Node):
+    if product is None:
+        return _between_products(scores)
+    if isinstance(product, Refusal):
         return product
     if arguments(node)[1] != -1:
         return Refusal("the softmax is not over the keys", node)
@@ -61,111 +71,84 @@ def from_softmax(entry: Entry, node: fx.Node) -> Attention | Refusal | None:
         return out
     (q, q_scale), (keys, keys_scale) = (_unscaled(n) for n in form(product)[1][:2])
     k, k_scale = _unscaled(_swapped(entry, keys, product))
-    scale = scores.scale * q_scale * keys_scale * k_scale
     v: fx.Node = out.args[1]  # type: ignore[assignment]
-    return Attention(out, q, k, v, tuple(scores.masks), scale, False)
+    scale = scores.scale * q_scale * keys_scale * k_scale
+    found = Attention(out, q, k, v, tuple(scores.masks), scale, False, softcap=scores.softcap)
+    found = _with_heads(entry, found, scores)
+    for target, factor in scores.factors:
+        found = replace(found, q=entry.emit(target, found.q, factor, before=out))
+    return found
 
 
-class Scores:
-    """The way from a softmax up to the product of queries and keys, collecting the scale and the masks on it."""
-
-    def __init__(self, entry: Entry, softmax: fx.Node) -> None:
-        self.entry = entry
-        self.softmax = softmax
-        self.scale = 1.0
-        self.masks: list[fx.Node] = []
-
-    def walk(self) -> fx.Node | Refusal | None:
-        """The product node; None when the scores come from something else."""
-        node = self.softmax.args[0]
-        while isinstance(node, fx.Node) and node.target not in MATMULS:
-            step = self._step(node)
-            if step is None or isinstance(step, Refusal):
-                return step
-            node = step
-        return node if isinstance(node, fx.Node) else None
-
-    def _step(self, node: fx.Node) -> fx.Node | Refusal | None:
-        if node.target in CASTS:
-            return node.args[0]  # type: ignore[return-value]
-        if node.target in SCALES:
-            return self._through_scale(node)
-        if node.target is aten.add.Tensor:
-            return self._through_sum(node)
-        if node.target is aten.masked_fill.Scalar:
-            scores, hidden, fill = node.args[:3]
-            return self._through_fill(node, scores, hidden, fill, inverted=True)
-        if node.target is aten.where.ScalarOther:
-            seen, scores, fill = node.args[:3]
-            return self._through_fill(node, scores, seen, fill, inverted=False)
-        return self._through_where(node) if node.target is aten.where.self else None
-
-    def _through_scale(self, node: fx.Node) -> fx.Node | Refusal | None:
-        scores, factor = node.args[:2]
-        if not isinstance(factor, (int, float)):
-            return _if_scores(scores, Refusal("the scores are scaled by a tensor", node))
-        self.scale *= factor if node.target is aten.mul.Tensor else 1 / factor
-        return scores  # type: ignore[return-value]
-
-    def _through_sum(self, node: fx.Node) -> fx.Node | Refusal | None:
-        x, y = node.args[:2]
-        if not isinstance(x, fx.Node) or not isinstance(y, fx.Node):
-            return None
-        scores, mask = (x, y) if _is_scores(x) else (y, x)
-        if not _is_scores(scores):
-            return None
-        if node.kwargs or value(mask).dtype == torch.bool:
-            return Refusal("the scores are summed with booleans or with alpha", node)
-        if self.scale != 1.0:
-            mask = self._scaled_mask(mask)
-        self.masks.append(mask)
-        return scores
-
-    def _scaled_mask(self, mask: fx.Node) -> fx.Node:
-        return self.entry.emit(aten.mul.Tensor, mask, self.scale, before=self.softmax)
-
-    def _through_fill(
-        self, node: fx.Node, scores: Any, mask: Any, fill: Any, inverted: bool
-    ) -> fx.Node | Refusal | None:
-        if not isinstance(fill, (int, float)) or fill > HIDDEN:
-            return _if_scores(scores, Refusal(f"hidden scores become {fill}, expected minus infinity", node))
-        self.masks.append(self._bool_mask(mask, fill, inverted))
-        return scores  # type: ignore[no-any-return]
-
-    def _bool_mask(self, mask: fx.Node, fill: float, inverted: bool) -> fx.Node:
-        """Minus infinity hides; a finite fill is added, so that a row without visible keys stays uniform."""
-        emit, before = self.entry.emit, self.softmax
-        if fill == -torch.inf:
-            return emit(aten.bitwise_not.default, mask, before=before) if inverted else mask
-        kept, hidden = (fill, 0.0) if inverted else (0.0, fill)
-        return emit(aten.where.Scalar, mask, kept, hidden, before=before)
-
-    def _through_where(self, node: fx.Node) -> fx.Node | Refusal | None:
-        seen, scores, other = node.args[:3]
-        fill = _constant(other)
-        return self._through_fill(node, scores, seen, fill, inverted=False) if fill is not None else None
+def _between_products(scores: Scores) -> Refusal | None:
+    """Why a softmax between two products is no attention; None when it is not between two."""
+    above = _near(scores.last, lambda n: n.all_input_nodes)
+    below = _near(scores.softmax, lambda n: n.users)
+    if not (above and below):
+        return None
+    name = op_name(scores.last.target)
+    return Refusal(f"the scores go through {name}, expected scales, masks and a soft-cap", scores.last)
 
 
-def _constant(node: Any) -> float | None:
-    """The number that fills a tensor made by `full` or a conversion of one."""
-    while isinstance(node, fx.Node) and node.target in CASTS:
-        node = node.args[0]
-    if isinstance(node, fx.Node) and node.target in (aten.full.default, aten.scalar_tensor.default):
-        number = node.args[-1]
-        return float(number) if isinstance(number, (int, float)) else None
-    return None
+def _near(start: fx.Node, neighbours: Callable[[fx.Node], Iterable[fx.Node]]) -> bool:
+    """Whether a product lies near, with no layer between."""
+    front = {start}
+    for _ in range(NEAR):
+        front = {m for n in front for m in neighbours(n) if m.op == "call_function" and m.target not in LAYERS}
+        if any(n.target in MATMULS for n in front):
+            return True
+    return False
 
 
-def _is_scores(node: fx.Node) -> bool:
-    """A product of queries and keys lies below scales, masks and casts."""
-    below = SCALES | CASTS | {aten.add.Tensor, aten.masked_fill.Scalar}
-    while isinstance(node, fx.Node) and node.target in below:
-        node = node.args[0]  # type: ignore[assignment]
-    return isinstance(node, fx.Node) and node.target in MATMULS
+def _weighted_sum(softmax: fx.Node) -> fx.Node | Refusal:
+    """The product of the softmax with the values, through casts, views and inactive dropout."""
+    node = softmax
+    while True:
+        if len(node.users) != 1:
+            return Refusal(f"the attention weights have {len(node.users)} uses, expected one", softmax)
+        user = next(iter(node.users))
+        if user.target in MATMULS and user.args[0] is node:
+            return user
+        if not _passes(node, user):
+            return Refusal(f"the attention weights go into {op_name(user.target)}, expected a product", user)
+        node = user
 
 
-def _if_scores(node: Any, refusal: Refusal) -> Refusal | None:
-    return refusal if isinstance(node, fx.Node) and _is_scores(node) else None
+def _passes(weights: fx.Node, user: fx.Node) -> bool:
+    if user.target is aten.dropout.default:
+        return not (arguments(user)[1] and arguments(user)[2])
+    if user.target in RESHAPES:
+        same = same_sizes(value(weights).shape, value(user).shape)
+        return same or split_heads(weights, user) is not None
+    return user.target in CASTS
+
+
+def _with_heads(entry: Entry, found: Attention, scores: Scores) -> Attention:
+    """Operands of [batch heads, tokens, features] with heads as an axis, where their number is known."""
+    operands = (found.q, found.k, found.v)
+    heads = scores.heads or _common_heads(operands)
+    ranks = {value(n).dim() for n in operands}
+    if heads is None or (ranks == {4} and not scores.flat):
+        return found
+    split = partial(_split, entry, heads, before=found.out)
+    q, k, v = (split(n) if value(n).dim() == 3 else n for n in operands)
+    (q, q_scale), (k, k_scale) = _unscaled(q), _unscaled(k)
+    masks = tuple(split(n) if n in scores.flat else n for n in found.masks)
+    scale = found.scale * q_scale * k_scale
+    return replace(found, q=q, k=k, v=v, masks=masks, scale=scale, merged=value(found.out).dim() == 3)
+
+
+def _common_heads(operands: Iterable[fx.Node]) -> int | None:
+    """The heads that all operands had before they were merged with the batch."""
+    found = {split_heads(n, n.args[0]) if n.target in RESHAPES else None for n in operands}  # type: ignore[arg-type]
+    return found.pop() if len(found) == 1 else None
+
+
+def _split(entry: Entry, heads: int, x: fx.Node, before: fx.Node) -> fx.Node:
+    """[batch heads, ...] -> [batch, heads, ...]."""
+    if x.target in RESHAPES and split_heads(x, source := x.args[0]) == heads:  # type: ignore[arg-type]
+        return source  # type: ignore[return-value]
+    return entry.emit(aten.unflatten.int, x, 0, [-1, heads], before=before)
 
 
 def _unscaled(node: fx.Node) -> tuple[fx.Node, float]:
@@ -184,21 +167,6 @@ def _swapped(entry: Entry, keys: fx.Node, before: fx.Node) -> fx.Node:
     if form(keys) == (aten.permute.default, (keys.all_input_nodes[0] if keys.all_input_nodes else None, swap)):
         return keys.all_input_nodes[0]
     return entry.emit(aten.permute.default, keys, [n % rank for n in swap], before=before)
-
-
-def _weighted_sum(softmax: fx.Node) -> fx.Node | Refusal:
-    """The product of the softmax with the values, through casts and inactive dropout."""
-    node = softmax
-    while True:
-        if len(node.users) != 1:
-            return Refusal(f"the attention weights have {len(node.users)} uses, expected one", softmax)
-        user = next(iter(node.users))
-        if user.target in MATMULS and user.args[0] is node:
-            return user
-        idle = user.target is aten.dropout.default and not (arguments(user)[1] and arguments(user)[2])
-        if user.target not in CASTS and not idle:
-            return Refusal(f"the attention weights go into {op_name(user.target)}, expected a product", user)
-        node = user
 
 
 def unrepeated(node: fx.Node) -> fx.Node:

@@ -22,6 +22,8 @@ from sylvester.passes.common_subexpressions import is_deterministic
 aten = torch.ops.aten
 LITERALS = (aten.full.default, aten.expand.default)
 SCALED = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+FILLED = {aten.where.self: aten.where.ScalarOther, aten.masked_fill.Tensor: aten.masked_fill.Scalar}
+"""Ops whose third operand may be a number, and the ops that take one."""
 LARGEST_FILL = 1 << 24
 LARGE = 1 << 16
 """Bytes of a weight from which a second copy matters."""
@@ -133,13 +135,16 @@ class Folder:
 
 
 def inline_scalars(program: Program, entry: Entry, changes: Changes) -> None:
-    """x * w with a weight of one element and no axes -> x * number."""
-    for node in entry.calls(*SCALED):
-        x, scale = node.args[:2]
-        if not is_weight(scale) or value(cast(fx.Node, scale)).dim() or not isinstance(x, fx.Node):
+    """x * w with a weight of one element and no axes -> x * number; where(seen, x, w) -> where(seen, x, number)."""
+    for node in entry.calls(*SCALED, *FILLED):
+        place = 2 if node.target in FILLED else 1
+        x, scalar = node.args[int(node.target is aten.where.self)], node.args[place]
+        if not is_weight(scalar) or value(cast(fx.Node, scalar)).dim() or not isinstance(x, fx.Node):
             continue
         if value(x).is_floating_point() and value(x).dtype == value(node).dtype:
-            node.args = (x, program.weights[binding(cast(fx.Node, scale)).key].item(), *node.args[2:])
+            number = program.weights[binding(cast(fx.Node, scalar)).key].item()
+            node.target = FILLED.get(node.target, node.target)
+            node.args = (*node.args[:place], number, *node.args[place + 1 :])
             changes.apply("inline_scalar", node)
 
 

@@ -1,10 +1,9 @@
-"""softmax(q kᵀ scale + mask) v, written out or as one torch call -> attention(q, k, v, mask, scale, causal, window)."""
+"""softmax(softcap(q kᵀ scale) + mask) v, written out or as one call -> attention(q, k, v, mask, scale, causal, ...)."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +15,7 @@ from sylvester.compiler.masks import Band, recognise
 from sylvester.compiler.pipeline import Contract, Pass
 from sylvester.compiler.program import Entry, Program, value
 from sylvester.compiler.rewrite import inherited
+from sylvester.passes.attention_masks import joined, split_mask
 from sylvester.passes.attention_parts import Attention, from_call, from_softmax, unrepeated
 
 aten = torch.ops.aten
@@ -46,7 +46,7 @@ class Raiser:
         self.program = program
         self.entry = entry
         self.changes = changes
-        self.bands: dict[fx.Node, Band | Refusal] = {}
+        self.parts: dict[fx.Node, list[Band | fx.Node]] = {}
         self.facts: dict[object, Any] = {}
 
     def settle(self, node: fx.Node, found: Attention | Refusal | None) -> None:
@@ -60,22 +60,27 @@ class Raiser:
 
     def _without_bands(self, found: Attention) -> Attention:
         """Masks of positions become the causal flag and the window; other masks stay, with the reason noted once."""
-        band, kept = Band(found.causal, 0), []
-        for mask in found.masks:
-            seen = self._band(mask)
-            if isinstance(seen, Refusal):
-                kept.append(mask)
-            else:
-                windows = [w for w in (band.window, seen.window) if w]
-                band = Band(band.causal or seen.causal, min(windows, default=0))
-        return replace(found, masks=tuple(kept), causal=band.causal, window=band.window)
+        parts = [part for mask in found.masks for part in self._parts(mask)]
+        bands = [Band(found.causal, 0), *(part for part in parts if isinstance(part, Band))]
+        kept = tuple(part for part in parts if isinstance(part, fx.Node))
+        windows = [band.window for band in bands if band.window]
+        return replace(found, masks=kept, causal=any(band.causal for band in bands), window=min(windows, default=0))
 
-    def _band(self, mask: fx.Node) -> Band | Refusal:
-        if mask not in self.bands:
-            self.bands[mask] = recognise(self.program, self.entry, mask)
-            if isinstance(refusal := self.bands[mask], Refusal):
-                self.changes.refuse("mask", refusal, mask)
-        return self.bands[mask]
+    def _parts(self, mask: fx.Node) -> list[Band | fx.Node]:
+        """A mask as a band, or as the bands and masks it is a sum or an intersection of."""
+        if mask in self.parts:
+            return self.parts[mask]
+        band = recognise(self.program, self.entry, mask)
+        if isinstance(band, Band):
+            self.parts[mask] = [band]
+            return [band]
+        pieces = split_mask(self.entry, mask)
+        found = [part for piece in pieces for part in self._parts(piece)]
+        if not any(isinstance(part, Band) for part in found):
+            self.changes.refuse("mask", band, mask)
+            found = [mask]
+        self.parts[mask] = found
+        return found
 
     def _replace(self, found: Attention) -> Refusal | None:
         new = self._build(found)
@@ -97,7 +102,10 @@ class Raiser:
         mask = joined(emit, found.masks)
         if mask is not None and one_head and value(mask).dim() == 3:
             mask = emit(aten.unsqueeze.default, mask, 1)
-        new = self._attention(found, (q, k, v, mask, None, found.scale, found.causal, found.window))
+        softcap = (found.softcap,) if found.softcap else ()
+        new = self._attention(found, (q, k, v, mask, None, found.scale, found.causal, found.window, *softcap))
+        if found.merged:
+            return emit(aten.flatten.using_ints, new, 0, 1)
         return emit(aten.squeeze.dim, new, 1) if one_head else new
 
     def _attention(self, found: Attention, args: tuple[Any, ...]) -> fx.Node:
@@ -125,22 +133,3 @@ def with_shared_heads(found: Attention) -> Attention | Refusal:
     if value(k).shape[1] != value(v).shape[1] or not isinstance(key_heads, int) or heads % key_heads:
         return Refusal(f"{heads} query heads do not share {key_heads} key heads evenly", found.out)
     return replace(found, k=k, v=v)
-
-
-def joined(emit: Any, masks: tuple[fx.Node, ...]) -> fx.Node | None:
-    """One mask for several: bool masks are intersected, others added."""
-    if not masks:
-        return None
-    kinds = {value(m).dtype == torch.bool for m in masks}
-    if kinds == {True, False}:
-        masks = tuple(additive(emit, m) for m in masks)
-    join = aten.bitwise_and.Tensor if kinds == {True} else aten.add.Tensor
-    return reduce(lambda a, b: emit(join, a, b), masks)
-
-
-def additive(emit: Any, mask: fx.Node) -> fx.Node:
-    """A bool mask as zeros and minus infinities."""
-    if value(mask).dtype != torch.bool:
-        return mask
-    node: fx.Node = emit(aten.where.Scalar, mask, 0.0, -math.inf)
-    return node

@@ -40,10 +40,10 @@ def attention(after: Program) -> torch.fx.Node:
 
 
 def flags(after: Program) -> tuple[object, ...]:
-    """(has a mask, scale, causal, window)."""
-    _, _, _, mask, past, scale, causal, window = attention(after).args
+    """(has a mask, scale, causal, window), and the soft-cap where there is one."""
+    _, _, _, mask, past, *others = attention(after).args
     assert past is None
-    return mask is not None, scale, causal, window
+    return mask is not None, *others
 
 
 def agrees(after: Program, function: Callable[..., Tensor], *inputs: Tensor) -> None:
@@ -147,7 +147,7 @@ def test_a_window_beyond_the_maximum_length_is_causal() -> None:
 def test_a_window_too_large_to_evaluate_stays_a_mask() -> None:
     after, ledger = Pipeline((Canonicalize(), RaiseAttention())).run(program(windowed(100_000), Q, K, V))
 
-    assert flags(after) == (True, 0.25, False, 0)
+    assert flags(after) == (True, 0.25, True, 0)
     assert reasons(ledger) == ["the mask must be evaluated at length 100064, the limit is 8192"]
 
 
@@ -367,7 +367,7 @@ def window_in_a_weight(i: Tensor, j: Tensor, w: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("seen", "expected"),
     [
-        (blocks, (True, 0.25, False, 0)),
+        (blocks, (True, 0.25, True, 0)),
         (float_window, (False, 0.25, True, 100)),
         (window_in_a_weight, (False, 0.25, True, 100)),
     ],
