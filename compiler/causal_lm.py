@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,11 +14,15 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sylvester.compiler import ops
 from sylvester.compiler.changes import Refusal
+from sylvester.compiler.key_bias import key_bias, most_keys, only_for
+from sylvester.compiler.masks import NO_BOUND, upper_bound
 from sylvester.compiler.positions import Positions, has, token_axes
 from sylvester.compiler.program import Entry, Program, binding, value
 from sylvester.compiler.token_axis import LOOK_UPS, mixes
 
 aten = torch.ops.aten
+SHORT = 64
+"""Keys at which the bias of a mask is looked at."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class CausalLM:
     """The parts of a causal LM's `forward`: tokens [batch, length], attention in order, positions with their offsets.
 
     `positions` are arange(length) + offset, `rows` slices [start, start + length) of a weight. `limit` is the number of
-    positions that the tables hold, None without tables.
+    positions that the tables hold, None without tables. `biases` are masks that add a number per position of the key.
     """
 
     tokens: fx.Node
@@ -34,6 +39,7 @@ class CausalLM:
     positions: dict[fx.Node, int]
     rows: dict[fx.Node, int]
     limit: int | None
+    biases: tuple[fx.Node, ...] = ()
 
 
 def analyse(program: Program) -> CausalLM | Refusal:
@@ -46,19 +52,27 @@ def analyse(program: Program) -> CausalLM | Refusal:
         return tokens
     symbol = value(tokens).shape[1].node.expr
     attention = entry.calls(ops.attention.target)
-    refusal = _attention(entry, attention, tokens) or _outputs(entry, tokens)
+    biases, bound = _masks(attention), upper_bound(entry, symbol)
+    refusal = (
+        _attention(entry, attention, tokens)
+        or _biases(program, biases, min(SHORT, bound))
+        or _outputs(entry, tokens)
+    )
     if refusal:
         return refusal
+    hidden = only_for(biases, set(attention))
     positions = Positions(program, entry, symbol)
-    rows = positions.table_rows()
-    given = positions.offsets.keys() | positions.constant | rows.keys() | set(attention)
+    offsets = {node: offset for node, offset in positions.offsets.items() if node not in hidden}
+    rows = {node: start for node, start in positions.table_rows().items() if node not in hidden}
+    given = offsets.keys() | positions.constant | rows.keys() | set(attention) | hidden
     for node in entry.calls():
         if node in given or node.target is operator.getitem or not isinstance(value(node), Tensor | tuple | list):
             continue
         refusal = _unplaced(node, positions, symbol) or mixes(node, symbol)
         if refusal:
             return refusal
-    return CausalLM(tokens, symbol, tuple(attention), positions.offsets, rows, _limit(positions.offsets, rows))
+    limits = [*_limits(offsets, rows), *(most for mask in biases if (most := most_keys(mask, bound)) < NO_BOUND)]
+    return CausalLM(tokens, symbol, tuple(attention), offsets, rows, min(limits, default=None), biases)
 
 
 def _tokens(entry: Entry) -> fx.Node | Refusal:
@@ -80,9 +94,9 @@ def _attention(entry: Entry, nodes: list[fx.Node], tokens: fx.Node) -> Refusal |
         return Refusal("there is no attention")
     batch, length = value(tokens).shape
     for node in nodes:
-        q, k, v, mask, past, _, causal, _ = node.args
-        if mask is not None or past is not None:
-            return Refusal("an attention has a mask of content or a cache", node)
+        q, k, v, _, past, _, causal = node.args[:7]
+        if past is not None:
+            return Refusal("an attention has a cache", node)
         if not causal:
             return Refusal("an attention is not causal", node)
         for operand in (q, k, v):
@@ -92,6 +106,19 @@ def _attention(entry: Entry, nodes: list[fx.Node], tokens: fx.Node) -> Refusal |
                 return Refusal(f"an attention works on {list(fact.shape)}, {expected}", node)
             if not all(isinstance(n, int) for n in (fact.shape[1], fact.shape[3])):
                 return Refusal("an attention has a symbolic number of heads or features", node)
+    return None
+
+
+def _masks(nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
+    return tuple(dict.fromkeys(cast(fx.Node, node.args[3]) for node in nodes if node.args[3] is not None))
+
+
+def _biases(program: Program, masks: Sequence[fx.Node], length: int) -> Refusal | None:
+    """Every mask adds a number per position of the key."""
+    for mask in masks:
+        found = key_bias(program, mask, length)
+        if isinstance(found, Refusal):
+            return Refusal(f"an attention has a mask that is no bias per key: {found.reason}", mask)
     return None
 
 
@@ -119,14 +146,14 @@ def _unplaced(node: fx.Node, positions: Positions, symbol: sympy.Symbol) -> Refu
     return None
 
 
-def _limit(positions: dict[fx.Node, int], rows: dict[fx.Node, int]) -> int | None:
-    """Positions that the tables hold."""
+def _limits(positions: dict[fx.Node, int], rows: dict[fx.Node, int]) -> list[int]:
+    """Positions that each table holds."""
     limits = [_rows(node, node.args[1]) - start for node, start in rows.items()]
     for node, offset in positions.items():
         for user in node.users:
             if user.target in LOOK_UPS:
                 limits.append(_rows(user, _looked_up_axis(user, node)) - offset)
-    return min(limits, default=None)
+    return limits
 
 
 def _looked_up_axis(node: fx.Node, index: fx.Node) -> Any:

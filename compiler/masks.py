@@ -56,7 +56,7 @@ def recognise(program: Program, entry: Entry, mask: fx.Node) -> Band | Refusal:
     if largest > MOST:
         return Refusal(f"the mask must be evaluated at length {largest}, the limit is {MOST}", mask)
     try:
-        grids = [_run(program, mask, nodes, *lengths) for lengths in _lengths(mask, largest)]
+        grids = [evaluate(program, mask, nodes, *lengths) for lengths in _lengths(mask, largest)]
     except RuntimeError as error:
         return Refusal(f"the mask cannot be evaluated up to length {largest}: {error}", mask)
     band = _band_of(grids[0])
@@ -147,7 +147,7 @@ def upper_bound(entry: Entry, symbol: sympy.Symbol) -> int:
     return int(bound) if bound.is_finite and bound < NO_BOUND else NO_BOUND
 
 
-def _run(program: Program, mask: fx.Node, nodes: list[fx.Node], queries: int, keys: int) -> Tensor:
+def evaluate(program: Program, mask: fx.Node, nodes: list[fx.Node], queries: int, keys: int) -> Tensor:
     """The mask with query and key axes of these lengths and every other size 2."""
     axes = zip(value(mask).shape[-2:], (queries, keys), strict=True)
     sizes = {s: length for size, length in axes for s in _symbols(size)}

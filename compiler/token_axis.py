@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -101,8 +101,18 @@ def _moved(node: fx.Node, symbol: sympy.Symbol, operands: list[fx.Node], axis: i
 
 
 def _looked_up(node: fx.Node, symbol: sympy.Symbol, operands: list[fx.Node], axis: int) -> bool:
-    """Tokens index a table that does not depend on them."""
-    return len(operands) == 1 and operands[0] is not node.args[0]
+    """Tokens index a table that does not depend on them, or something else indexes another axis than theirs."""
+    if len(operands) != 1 or operands[0] is not node.args[0]:
+        return len(operands) == 1
+    return _axis(operands[0], symbol) not in indexed_axes(node)
+
+
+def indexed_axes(node: fx.Node) -> list[int]:
+    """The axes of its table that a look-up counts along."""
+    table, given = node.args[:2]
+    if node.target is aten.index.Tensor:
+        return [axis for axis, index in enumerate(cast("list[Any]", given)) if index is not None]
+    return [cast(int, given) % value(cast(fx.Node, table)).ndim] if node.target is aten.index_select.default else [0]
 
 
 def _other_axis(node: fx.Node, symbol: sympy.Symbol, operands: list[fx.Node], axis: int) -> bool:

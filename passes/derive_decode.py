@@ -1,7 +1,7 @@
 """forward(tokens) -> prefill(tokens), which also stores keys and values, and decode(tokens, past), which reads them.
 
 attention(q, k, v, causal) -> attention(q, kv_update(K, k, past), kv_update(V, v, past), past), and
-arange(length) + c -> arange(length) + c + past where it is the position of a token.
+arange(length) + c -> arange(length) + c + past where it is the position of a token. A bias per key becomes a weight.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from sylvester.compiler import ops
 from sylvester.compiler.causal_lm import CausalLM, analyse, chunked_error
 from sylvester.compiler.changes import Changes, Refusal
 from sylvester.compiler.errors import ContractBroken, Unsupported
+from sylvester.compiler.key_bias import NAME, key_bias, stored
 from sylvester.compiler.pipeline import Contract, Pass
 from sylvester.compiler.positions import token_axes
 from sylvester.compiler.program import Entry, Output, Program, StateSlot, binding, fake_empty, value
@@ -47,7 +48,10 @@ class DeriveDecode(Pass):
         found = analyse(program)
         if isinstance(found, Refusal):
             raise Unsupported(f"not a causal language model: {found.reason}", at=found.at)
-        self._capacity(program, found)
+        capacity = self._capacity(program, found)
+        for mask in found.biases:
+            if isinstance(bias := key_bias(program, mask, capacity), Refusal):
+                raise Unsupported(f"no caches of {capacity} positions with this bias: {bias.reason}", at=mask)
 
     def run(self, program: Program) -> Changes:
         model = cast(CausalLM, analyse(program))
@@ -102,12 +106,18 @@ def _write_caches(program: Program, entry: Entry, model: CausalLM) -> None:
     """Keys and values go to the front of the caches; attention still reads them fresh."""
     first = entry.calls()[0]
     zero = entry.emit(aten.full.default, [], 0, before=first, made_by="derive-decode", dtype=torch.int64)
+    for mask, bias in _bound_biases(program, entry, model).items():
+        length = entry.emit(aten.sym_size.int, _named(entry, model.tokens), 1, before=first, made_by="derive-decode")
+        cut = entry.emit(aten.slice.Tensor, bias, 3, 0, length, before=first, made_by="derive-decode")
+        for node in _attention(entry, model):
+            node.replace_input_with(mask, cut)
     updates = [update for node in _attention(entry, model) for update in _update(program, entry, node, zero)]
     _add_state_outputs(program, entry, updates)
 
 
 def _read_caches(program: Program, entry: Entry, model: CausalLM) -> None:
-    nodes = {n.name: n for n in entry.graph.nodes}
+    nodes: dict[str, fx.Node] = {n.name: n for n in entry.graph.nodes}
+    capacity = int(program.state["k0"].shape[2])
     past = entry.bind("input", "past", torch.zeros((), dtype=torch.int64))
     tokens = nodes[model.tokens.name]
     positions = {nodes[old.name]: offset for old, offset in model.positions.items()}
@@ -117,19 +127,35 @@ def _read_caches(program: Program, entry: Entry, model: CausalLM) -> None:
             user.replace_input_with(node, new)
     for old, start in model.rows.items():
         _look_up(entry, nodes[old.name], start, tokens, past)
+    biases = _bound_biases(program, entry, model)
     updates = []
     for node in _attention(entry, model):
         keys, values = _update(program, entry, node, past)
         updates += [keys, values]
-        scale, causal, window = node.args[5:]
-        args = (node.args[0], keys, values, None, past, scale, causal, window)
+        args = (node.args[0], keys, values, biases.get(cast(fx.Node, node.args[3])), past, *node.args[5:])
         entry.replace(node, entry.emit(ops.attention.target, *args, before=node, made_by="derive-decode"))
     _add_state_outputs(program, entry, updates)
     example = entry.examples[binding(tokens).key]
-    capacity = program.state["k0"].shape[2]
-    chunk = min(CHUNK, int(capacity))
+    chunk = min(CHUNK, capacity)
     repeated = example.repeat(1, -(-chunk // example.shape[1]))[:, :chunk]
-    entry.examples = {binding(tokens).key: repeated, "past": torch.tensor(min(PAST, int(capacity) - chunk))}
+    entry.examples = {binding(tokens).key: repeated, "past": torch.tensor(min(PAST, capacity - chunk))}
+
+
+def _bound_biases(program: Program, entry: Entry, model: CausalLM) -> dict[fx.Node, fx.Node]:
+    """For each bias in `entry` a weight with the bias of every key of the cache, which equal ones share."""
+    bound = {}
+    for mask in model.biases:
+        bias = cast(Tensor, key_bias(program, mask, int(program.state["k0"].shape[2]))).contiguous()
+        key = next((k for k in stored(program) if program.weights[k].equal(bias)), program.weights.fresh(NAME))
+        program.weights[key] = bias
+        bound[_named(entry, mask)] = entry.bind("weight", key, bias)
+    return bound
+
+
+def _named(entry: Entry, node: fx.Node) -> fx.Node:
+    """What a node of the original is in a clone."""
+    found: fx.Node = next(n for n in entry.graph.nodes if n.name == node.name)
+    return found
 
 
 def _attention(entry: Entry, model: CausalLM) -> list[fx.Node]:
