@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sylvester.compiler.calls import tensor
 from sylvester.compiler.masks import HIDDEN
 from sylvester.compiler.program import Entry, value
 from sylvester.passes.attention_scores import FILLS, WHERES, constant, hiding
@@ -20,16 +21,17 @@ CONJUNCTIONS = {aten.bitwise_and.Tensor, aten.logical_and.default}
 def split_mask(entry: Entry, mask: fx.Node) -> list[fx.Node]:
     """The masks that a mask is made of: terms of a sum, bools that are all true, a bias and what hides it."""
     if mask.target is aten.add.Tensor and not mask.kwargs and value(mask).is_floating_point():
-        return [n for n in mask.args if _is_mask(n)] if all(_is_mask(n) for n in mask.args) else []
-    if mask.target in CONJUNCTIONS:
-        return [n for n in mask.args if isinstance(n, fx.Node)]
+        return mask.all_input_nodes if all(_is_mask(n) for n in mask.args) else []
+    if mask.target in CONJUNCTIONS and value(mask).dtype == torch.bool:
+        return mask.all_input_nodes
     if mask.target in FILLS | WHERES:
         return _bias_and_hidden(entry, mask)
     return []
 
 
 def _is_mask(x: object) -> bool:
-    return isinstance(x, fx.Node) and value(x).dim() > 0 and value(x).is_floating_point()
+    fact = tensor(x)
+    return fact is not None and fact.dim() > 0 and fact.is_floating_point()
 
 
 def _bias_and_hidden(entry: Entry, mask: fx.Node) -> list[fx.Node]:

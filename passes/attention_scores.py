@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from sylvester.compiler.calls import same_size, same_sizes
+from sylvester.compiler.calls import same_size, same_sizes, tensor
 from sylvester.compiler.changes import Refusal
 from sylvester.compiler.forms import VIEWS, arguments
 from sylvester.compiler.masks import HIDDEN
@@ -75,12 +75,12 @@ class Scores:
 
     def _through_scale(self, node: fx.Node) -> Step:
         scores, factor = node.args[:2]
-        if isinstance(factor, fx.Node):
+        if isinstance(factor, (int, float)):
+            self.scale *= factor if node.target is aten.mul.Tensor else 1 / factor
+        elif isinstance(factor, fx.Node):
             if not is_scores(scores) or self.softcap or not _per_query(node, factor):
                 return _if_scores(scores, Refusal("the scores are scaled by a tensor", node))
             self.factors.append((node.target, factor))
-        else:
-            self.scale *= factor if node.target is aten.mul.Tensor else 1 / factor  # type: ignore[operator]
         return scores  # type: ignore[return-value]
 
     def _through_tanh(self, node: fx.Node) -> Step:
@@ -91,7 +91,7 @@ class Scores:
 
     def _through_sum(self, node: fx.Node) -> Step:
         x, y = node.args[:2]
-        if not isinstance(x, fx.Node) or not isinstance(y, fx.Node):
+        if not isinstance(x, fx.Node) or not isinstance(y, fx.Node) or tensor(x) is None or tensor(y) is None:
             return None
         minus = node.target is aten.sub.Tensor
         if minus and _is_top(y, x):
@@ -190,9 +190,10 @@ def _is_top(x: fx.Node, scores: fx.Node) -> bool:
 
 def _per_query(node: fx.Node, factor: fx.Node) -> bool:
     """The factor is the same for all keys, so that it may scale the queries instead of the scores at `node`."""
-    scale, scores = value(factor), value(node)
-    same = scale.dim() == 0 or (scale.shape[-1] == 1 and scores.dim() == 4)
-    return bool(same and scale.dtype == scores.dtype)
+    scale, scores = tensor(factor), value(node)
+    if scale is None or scale.dtype != scores.dtype:
+        return False
+    return scale.dim() == 0 or bool(scale.shape[-1] == 1 and scores.dim() == 4)
 
 
 def is_scores(x: object) -> bool:

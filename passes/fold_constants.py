@@ -22,7 +22,7 @@ from sylvester.passes.common_subexpressions import is_deterministic
 aten = torch.ops.aten
 LITERALS = (aten.full.default, aten.expand.default)
 SCALED = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
-FILLED = {aten.where.self: aten.where.ScalarOther, aten.masked_fill.Tensor: aten.masked_fill.Scalar}
+FILLED: dict[Any, Any] = {aten.where.self: aten.where.ScalarOther, aten.masked_fill.Tensor: aten.masked_fill.Scalar}
 """Ops whose third operand may be a number, and the ops that take one."""
 LARGEST_FILL = 1 << 24
 LARGE = 1 << 16
