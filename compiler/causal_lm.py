@@ -54,9 +54,7 @@ def analyse(program: Program) -> CausalLM | Refusal:
     attention = entry.calls(ops.attention.target)
     biases, bound = _masks(attention), upper_bound(entry, symbol)
     refusal = (
-        _attention(entry, attention, tokens)
-        or _biases(program, biases, min(SHORT, bound))
-        or _outputs(entry, tokens)
+        _attention(entry, attention, tokens) or _biases(program, biases, min(SHORT, bound)) or _outputs(entry, tokens)
     )
     if refusal:
         return refusal
