@@ -36,9 +36,11 @@ def _is_mask(x: object) -> bool:
 
 def _bias_and_hidden(entry: Entry, mask: fx.Node) -> list[fx.Node]:
     """where(seen, bias, minus infinity) as the bias and a mask."""
-    inverted = mask.target in FILLS
-    first, second, fill = mask.args[:3]
-    bias, hidden = (first, second) if inverted else (second, first)
+    first, second, third = mask.args[:3]
+    inverted = mask.target in FILLS or constant(second) is not None
+    bias, hidden, fill = (first, second, third) if mask.target in FILLS else (second, first, third)
+    if inverted and mask.target in WHERES:
+        bias, fill = fill, bias
     number = constant(fill)
     if number is None or number > HIDDEN or not _is_mask(bias) or not isinstance(hidden, fx.Node):
         return []

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +12,10 @@ from torch import Tensor, fx
 from sylvester.compiler.calls import same_sizes
 from sylvester.compiler.changes import Refusal
 from sylvester.compiler.forms import arguments, form
+from sylvester.compiler.masks import FACTORIES
 from sylvester.compiler.printing import op_name
 from sylvester.compiler.program import Entry, value
-from sylvester.passes.attention_scores import CASTS, MATMULS, RESHAPES, SCALES, Scores, split_heads
+from sylvester.passes.attention_scores import CASTS, MATMULS, RESHAPES, SCALES, Scores, constant, split_heads
 
 aten = torch.ops.aten
 SWAP = [-1, -2]
@@ -69,9 +69,9 @@ def from_softmax(entry: Entry, node: fx.Node) -> Attention | Refusal | None:
     out = _weighted_sum(node)
     if isinstance(out, Refusal):
         return out
-    (q, q_scale), (keys, keys_scale) = (_unscaled(n) for n in form(product)[1][:2])
-    k, k_scale = _unscaled(_swapped(entry, keys, product))
-    v: fx.Node = out.args[1]  # type: ignore[assignment]
+    (q, q_scale), (keys, keys_scale) = (_bare(n) for n in form(product)[1][:2])
+    k, k_scale = _bare(_swapped(entry, keys, product))
+    v = _unmerged(out.args[1])
     scale = scores.scale * q_scale * keys_scale * k_scale
     found = Attention(out, q, k, v, tuple(scores.masks), scale, False, softcap=scores.softcap)
     found = _with_heads(entry, found, scores)
@@ -104,12 +104,13 @@ def _weighted_sum(softmax: fx.Node) -> fx.Node | Refusal:
     """The product of the softmax with the values, through casts, views and inactive dropout."""
     node = softmax
     while True:
-        if len(node.users) != 1:
-            return Refusal(f"the attention weights have {len(node.users)} uses, expected one", softmax)
-        user = next(iter(node.users))
+        users = [user for user in node.users if user.target not in FACTORIES]
+        if len(users) != 1:
+            return Refusal(f"the attention weights have {len(users)} uses, expected one", softmax)
+        user = users[0]
         if user.target in MATMULS and user.args[0] is node:
             return user
-        if not _passes(node, user):
+        if not _passes(node, user) and not _hides_empty_rows(user, softmax):
             return Refusal(f"the attention weights go into {op_name(user.target)}, expected a product", user)
         node = user
 
@@ -123,40 +124,51 @@ def _passes(weights: fx.Node, user: fx.Node) -> bool:
     return user.target in CASTS
 
 
+def _hides_empty_rows(node: fx.Node, softmax: fx.Node) -> bool:
+    """where(not any(not scores == -inf), 0, weights): the weights of a query that sees no key are 0."""
+    if node.target is not aten.where.self or constant(node.args[1]) != 0:
+        return False
+    chain: list[Any] = [node.args[0]]
+    for target in (aten.bitwise_not.default, aten.any.dim, aten.bitwise_not.default):
+        if not isinstance(chain[-1], fx.Node) or chain[-1].target is not target:
+            return False
+        chain.append(chain[-1].args[0])
+    equal, (_, dim, keepdim) = chain[-1], arguments(chain[1])
+    hidden = equal.target is aten.eq.Scalar and equal.args == (softmax.args[0], -torch.inf)
+    return bool(hidden and dim == -1 and keepdim)
+
+
 def _with_heads(entry: Entry, found: Attention, scores: Scores) -> Attention:
     """Operands of [batch heads, tokens, features] with heads as an axis, where their number is known."""
     operands = (found.q, found.k, found.v)
-    heads = scores.heads or _common_heads(operands)
-    ranks = {value(n).dim() for n in operands}
-    if heads is None or (ranks == {4} and not scores.flat):
+    heads = scores.heads or next((value(n).shape[1] for n in operands if value(n).dim() == 4), None)
+    if not isinstance(heads, int):
         return found
-    split = partial(_split, entry, heads, before=found.out)
+
+    def split(x: fx.Node) -> fx.Node:
+        whole = _unmerged(x)
+        return whole if whole is not x else entry.emit(aten.unflatten.int, x, 0, [-1, heads], before=found.out)
+
     q, k, v = (split(n) if value(n).dim() == 3 else n for n in operands)
-    (q, q_scale), (k, k_scale) = _unscaled(q), _unscaled(k)
     masks = tuple(split(n) if n in scores.flat else n for n in found.masks)
-    scale = found.scale * q_scale * k_scale
-    return replace(found, q=q, k=k, v=v, masks=masks, scale=scale, merged=value(found.out).dim() == 3)
+    return replace(found, q=q, k=k, v=v, masks=masks, merged=value(found.out).dim() == 3)
 
 
-def _common_heads(operands: Iterable[fx.Node]) -> int | None:
-    """The heads that all operands had before they were merged with the batch."""
-    found = {split_heads(n, n.args[0]) if n.target in RESHAPES else None for n in operands}  # type: ignore[arg-type]
-    return found.pop() if len(found) == 1 else None
+def _unmerged(x: Any) -> fx.Node:
+    """[batch, heads, ...] for the same as [batch heads, ...]."""
+    node: fx.Node = x
+    if node.target not in RESHAPES or value(node).dim() != 3:
+        return node
+    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    return node if split_heads(node, source) is None else source
 
 
-def _split(entry: Entry, heads: int, x: fx.Node, before: fx.Node) -> fx.Node:
-    """[batch heads, ...] -> [batch, heads, ...]."""
-    if x.target in RESHAPES and split_heads(x, source := x.args[0]) == heads:  # type: ignore[arg-type]
-        return source  # type: ignore[return-value]
-    return entry.emit(aten.unflatten.int, x, 0, [-1, heads], before=before)
-
-
-def _unscaled(node: fx.Node) -> tuple[fx.Node, float]:
-    """x for x * c, with c."""
-    scale = 1.0
+def _bare(x: Any) -> tuple[fx.Node, float]:
+    """x for x * c with c, before its heads were merged with the batch."""
+    node, scale = _unmerged(x), 1.0
     while node.target in SCALES and isinstance(node.args[1], (int, float)):
         scale *= node.args[1] if node.target is aten.mul.Tensor else 1 / node.args[1]
-        node = node.args[0]  # type: ignore[assignment]
+        node = _unmerged(node.args[0])
     return node, scale
 
 
@@ -175,20 +187,22 @@ def unrepeated(node: fx.Node) -> fx.Node:
         return node.args[0]  # type: ignore[return-value]
     if form(node)[0] is not aten.reshape.default:
         return node
-    expanded = _below_slices(node.args[0])
+    expanded = _below(node.args[0], RESHAPES)
     if expanded.target is not aten.expand.default:
         return node
-    grouped = _below_slices(expanded.args[0])
+    grouped = _below(expanded.args[0])
     if grouped.target is not aten.unsqueeze.default or form(grouped)[1][1] != -3:
         return node
-    source = _below_slices(grouped.args[0])
+    source = _below(grouped.args[0])
     return source if _repeats(source, expanded, node) else node
 
 
-def _below_slices(x: Any) -> fx.Node:
-    """Past slices that keep everything."""
+def _below(x: Any, targets: Container[Any] = ()) -> fx.Node:
+    """Past slices that keep everything, and ops of `targets`."""
     node: fx.Node = x
-    while node.target is aten.slice.Tensor and value(node).shape == value(node.args[0]).shape:  # type: ignore[arg-type]
+    while node.target in targets or (
+        node.target is aten.slice.Tensor and value(node).shape == value(node.args[0]).shape  # type: ignore[arg-type]
+    ):
         node = node.args[0]  # type: ignore[assignment]
     return node
 

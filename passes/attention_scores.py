@@ -23,6 +23,7 @@ SCALES = {aten.mul.Tensor, aten.div.Tensor}
 SUMS = {aten.add.Tensor, aten.sub.Tensor}
 FILLS = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 WHERES = {aten.where.self, aten.where.ScalarOther}
+FULL = {aten.full.default, aten.full_like.default, aten.scalar_tensor.default}
 RESHAPES = VIEWS | {aten.reshape.default}
 ABOVE = dict.fromkeys(CASTS | SCALES | FILLS | RESHAPES | {aten.tanh.default}, 0) | dict.fromkeys(WHERES, 1)
 """Which operand of an op the scores are."""
@@ -129,9 +130,11 @@ class Scores:
         return self._filled(node, scores, hidden, constant(fill), inverted=True)
 
     def _through_where(self, node: fx.Node) -> Step:
-        seen, scores, fill = node.args[:3]
+        mask, first, second = node.args[:3]
+        inverted = constant(first) is not None
+        scores, fill = (second, first) if inverted else (first, second)
         number = constant(fill)
-        return None if number is None else self._filled(node, scores, seen, number, inverted=False)
+        return None if number is None else self._filled(node, scores, mask, number, inverted)
 
     def _filled(self, node: fx.Node, scores: Any, mask: Any, fill: float | None, inverted: bool) -> Step:
         if fill is None or fill > HIDDEN:
@@ -165,7 +168,7 @@ def constant(node: Any) -> float | None:
     """A number, or the one that fills a tensor made by `full` or a conversion of one."""
     while isinstance(node, fx.Node) and node.target in CASTS:
         node = node.args[0]
-    if isinstance(node, fx.Node) and node.target in (aten.full.default, aten.scalar_tensor.default):
+    if isinstance(node, fx.Node) and node.target in FULL:
         node = node.args[-1]
     return float(node) if isinstance(node, (int, float)) else None
 
@@ -203,7 +206,7 @@ def is_scores(x: object) -> bool:
             return any(is_scores(n) for n in x.args[:2])
         if x.target not in ABOVE:
             return False
-        x = x.args[ABOVE[x.target]]
+        x = x.args[2 if x.target in WHERES and constant(x.args[1]) is not None else ABOVE[x.target]]
     return isinstance(x, fx.Node)
 
 

@@ -7,18 +7,33 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from sylvester.compiler import ops
 from sylvester.compiler.changes import Changes, Refusal
 from sylvester.compiler.masks import Band, recognise
 from sylvester.compiler.pipeline import Contract, Pass
 from sylvester.compiler.program import Entry, Program, value
-from sylvester.compiler.rewrite import inherited
+from sylvester.compiler.rewrite import Rule, inherited, rewrite
 from sylvester.passes.attention_masks import joined, split_mask
 from sylvester.passes.attention_parts import Attention, from_call, from_softmax, unrepeated
 
 aten = torch.ops.aten
+
+
+class WrittenSoftmax(Rule):
+    """exp(x) / sum(exp(x)) over the last axis."""
+
+    example = ((2, 3, 8),)
+
+    @staticmethod
+    def before(x: Tensor) -> Tensor:
+        weights = torch.exp(x)
+        return weights / weights.sum(-1, keepdim=True)
+
+    @staticmethod
+    def after(x: Tensor) -> Tensor:
+        return torch.softmax(x, -1)
 
 
 @dataclass(frozen=True)
@@ -29,7 +44,7 @@ class RaiseAttention(Pass):
     contract: ClassVar[Contract] = "exact"
 
     def run(self, program: Program) -> Changes:
-        changes = Changes()
+        changes = rewrite(program, (WrittenSoftmax(),))
         for entry in program.entries.values():
             raiser = Raiser(program, entry, changes)
             for node in entry.calls(aten.scaled_dot_product_attention.default):

@@ -9,13 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.export import Dim
 
 from sylvester.compiler.pipeline import Pipeline
+from sylvester.compiler.program import binding
+from sylvester.compiler.trace import capture
 from sylvester.passes.canonicalize import Canonicalize
 from sylvester.passes.fold_constants import FoldConstants
 from sylvester.passes.raise_attention import RaiseAttention
 from sylvester.passes.raise_norms import RaiseNorms
-from tests.programs import ops, reasons
+from tests.programs import Wrapped, ops, reasons
 from tests.programs import program as export
 from tests.test_raise_attention import RAISE, K, Q, V, agrees, attention, flags, lower, others, program, scores
 
@@ -246,6 +249,52 @@ def test_the_largest_score_of_a_query_may_be_subtracted(top: Callable[[Tensor], 
 
     assert ops(after) == ["sylvester.attention"]
     agrees(after, function, *others())
+
+
+def test_a_softmax_written_with_exponentials() -> None:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = scores(q, k).masked_fill(~lower(q.shape[2]), torch.finfo(q.dtype).min)
+        weights = torch.exp(found - found.max(-1, keepdim=True).values)
+        return (weights / weights.sum(-1, keepdim=True)) @ v
+
+    after = RAISE(program(function, Q, K, V))
+
+    assert ops(after) == ["sylvester.attention"]
+    assert flags(after) == (False, 0.25, True, 0)
+    agrees(after, function, *others())
+
+
+def grouped_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (x[:, :2].repeat_interleave(2, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25)
+
+
+DECOMPOSED = {
+    "soft-cap": (SOFT_CAPS["gemma"], (False, 0.25, False, 0, 5.0)),
+    "alibi": (eager_alibi(keys_only), (True, 0.25, True, 0)),
+    "cross": (CROSS["eager"], (False, 0.25, False, 0)),
+    "sdpa": (CROSS["sdpa"], (False, 0.25, False, 0)),
+    "grouped": (grouped_sdpa, (False, 0.25, True, 0)),
+    "alibi sdpa": (sdpa_alibi(keys_only), (True, 0.25, True, 0)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+@pytest.mark.parametrize("symbolic", [True, False])
+@pytest.mark.parametrize("name", DECOMPOSED)
+def test_programs_in_core_aten(name: str, symbolic: bool) -> None:
+    function, expected = DECOMPOSED[name]
+    dims = {i: Dim.AUTO for i in (0, 2)} if symbolic else {}
+    exported = torch.export.export(Wrapped(function, {}), (Q, K, V), dynamic_shapes=((dims,) * 3,), strict=False)
+
+    after = RAISE(capture(exported.run_decompositions()))
+
+    assert flags(after) == tuple(pytest.approx(x) if isinstance(x, float) else x for x in expected)
+    assert shape_of(attention(after).args[1])[1] == ("2" if name == "grouped" else "4")
+    given = others() if symbolic else [Q, K, V]
+    keys = [binding(n).key for n in after.main.placeholders("input")]
+    (found,) = after.run("forward", dict(zip(keys, given, strict=True))).values()
+    torch.testing.assert_close(found, function(*given), rtol=1e-5, atol=1e-5)
 
 
 def test_a_fill_in_a_weight() -> None:
