@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from sylvester.compiler.calls import same_sizes
 from sylvester.compiler.changes import Refusal
@@ -18,7 +18,6 @@ from sylvester.compiler.program import Entry, value
 from sylvester.passes.attention_scores import CASTS, MATMULS, RESHAPES, SCALES, Scores, constant, split_heads
 
 aten = torch.ops.aten
-SWAP = [-1, -2]
 LAYERS = {aten.linear.default, aten.layer_norm.default, aten.embedding.default}
 NEAR = 6
 """Ops between a product and a softmax up to which the two are taken to be a part of one attention."""
@@ -175,42 +174,9 @@ def _bare(x: Any) -> tuple[fx.Node, float]:
 def _swapped(entry: Entry, keys: fx.Node, before: fx.Node) -> fx.Node:
     """The transpose of the last two axes: k for kᵀ."""
     rank = value(keys).dim()
-    swap = [*range(-rank, -2), *SWAP]
-    if form(keys) == (aten.permute.default, (keys.all_input_nodes[0] if keys.all_input_nodes else None, swap)):
-        return keys.all_input_nodes[0]
-    return entry.emit(aten.permute.default, keys, [n % rank for n in swap], before=before)
-
-
-def unrepeated(node: fx.Node) -> fx.Node:
-    """Key or value heads before each was repeated for its group of query heads; the node itself when none were."""
-    if node.target is aten.repeat_interleave.self_int and arguments(node)[2] == -3:
-        return node.args[0]  # type: ignore[return-value]
-    if form(node)[0] is not aten.reshape.default:
-        return node
-    expanded = _below(node.args[0], RESHAPES)
-    if expanded.target is not aten.expand.default:
-        return node
-    grouped = _below(expanded.args[0])
-    if grouped.target is not aten.unsqueeze.default or form(grouped)[1][1] != -3:
-        return node
-    source = _below(grouped.args[0])
-    return source if _repeats(source, expanded, node) else node
-
-
-def _below(x: Any, targets: Container[Any] = ()) -> fx.Node:
-    """Past slices that keep everything, and ops of `targets`."""
-    node: fx.Node = x
-    while node.target in targets or (
-        node.target is aten.slice.Tensor and value(node).shape == value(node.args[0]).shape  # type: ignore[arg-type]
-    ):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
-
-
-def _repeats(source: fx.Node, expanded: fx.Node, result: fx.Node) -> bool:
-    """[b, h, t, d] -> [b, h, n, t, d] -> [b, h n, t, d]."""
-    start, wide, end = (value(n) for n in (source, expanded, result))
-    if not isinstance(start, Tensor) or start.dim() != 4 or wide.dim() != 5 or end.dim() != 4:
-        return False
-    heads, groups = wide.shape[1], wide.shape[2]
-    return bool(start.shape[1] == heads and end.shape[1] == heads * groups and start.shape[2:] == end.shape[2:])
+    target, args = form(keys)
+    source, order = args[:2] if target is aten.permute.default else (keys, list(range(-rank, 0)))
+    order = [*order[:-2], order[-1], order[-2]]
+    if order == list(range(-rank, 0)):
+        return source  # type: ignore[no-any-return]
+    return entry.emit(aten.permute.default, source, [n % rank for n in order], before=before)

@@ -16,7 +16,8 @@ from sylvester.compiler.pipeline import Contract, Pass
 from sylvester.compiler.program import Entry, Program, value
 from sylvester.compiler.rewrite import Rule, inherited, rewrite
 from sylvester.passes.attention_masks import joined, split_mask
-from sylvester.passes.attention_parts import Attention, from_call, from_softmax, unrepeated
+from sylvester.passes.attention_parts import Attention, from_call, from_softmax
+from sylvester.passes.repeated_heads import unrepeated
 
 aten = torch.ops.aten
 
@@ -67,11 +68,27 @@ class Raiser:
     def settle(self, node: fx.Node, found: Attention | Refusal | None) -> None:
         """Replace one attention, or note why not."""
         if isinstance(found, Attention):
-            found = with_shared_heads(found)
+            found = self._with_shared_heads(found)
         if isinstance(found, Attention):
             found = self._replace(self._without_bands(found))
         if isinstance(found, Refusal):
             self.changes.refuse("attention", found, node)
+
+    def _with_shared_heads(self, found: Attention) -> Attention | Refusal:
+        """The attention with un-repeated heads, or why its operands are none of the op's."""
+        ranks = {value(n).dim() for n in (found.q, found.k, found.v)}
+        if ranks not in ({3}, {4}):
+            return Refusal(f"operands have {sorted(ranks)} axes, expected batch, heads, tokens, features", found.out)
+        if ranks == {3}:
+            return found
+        emit = partial(self.entry.emit, before=found.out, made_by=RaiseAttention.name)
+        k, v = unrepeated(emit, found.k), unrepeated(emit, found.v)
+        if value(k).shape[1] != value(v).shape[1]:
+            k, v = found.k, found.v
+        heads, key_heads = value(found.q).shape[1], value(k).shape[1]
+        if value(k).shape[1] != value(v).shape[1] or not isinstance(key_heads, int) or heads % key_heads:
+            return Refusal(f"{heads} query heads do not share {key_heads} key heads evenly", found.out)
+        return replace(found, k=k, v=v)
 
     def _without_bands(self, found: Attention) -> Attention:
         """Masks of positions become the causal flag and the window; other masks stay, with the reason noted once."""
@@ -132,19 +149,3 @@ class Raiser:
             node = self.entry.graph.call_function(ops.attention.target, args)
         node.meta = inherited(found.out, RaiseAttention.name) | {"val": self.facts[key]}
         return node
-
-
-def with_shared_heads(found: Attention) -> Attention | Refusal:
-    """The attention with un-repeated heads, or why its operands are none of the op's."""
-    ranks = {value(n).dim() for n in (found.q, found.k, found.v)}
-    if ranks not in ({3}, {4}):
-        return Refusal(f"operands have {sorted(ranks)} axes, expected batch, heads, tokens, features", found.out)
-    if ranks == {3}:
-        return found
-    k, v = unrepeated(found.k), unrepeated(found.v)
-    if value(k).shape[1] != value(v).shape[1]:
-        k, v = found.k, found.v
-    heads, key_heads = value(found.q).shape[1], value(k).shape[1]
-    if value(k).shape[1] != value(v).shape[1] or not isinstance(key_heads, int) or heads % key_heads:
-        return Refusal(f"{heads} query heads do not share {key_heads} key heads evenly", found.out)
-    return replace(found, k=k, v=v)

@@ -22,6 +22,7 @@ from tests.programs import Wrapped, ops, reasons
 from tests.programs import program as export
 from tests.test_raise_attention import RAISE, K, Q, V, agrees, attention, flags, lower, others, program, scores
 
+dialect = torch.ops.sylvester
 ONE_PASS = Pipeline((Canonicalize(), RaiseAttention()))
 
 
@@ -203,6 +204,51 @@ def test_cross_attention(name: str) -> None:
 
     assert flags(after) == (False, 0.25, False, 0)
     agrees(after, CROSS["eager"], torch.randn(5, 4, 3, 8), *(torch.randn(5, 4, 13, 8) for _ in range(2)))
+
+
+def grouped_by_view(x: Tensor) -> Tensor:
+    batch, n, heads, d = x.shape
+    return x[:, :, :, None].expand(batch, n, heads, 2, d).reshape(batch, n, heads * 2, d)
+
+
+def grouped_in_place(x: Tensor) -> Tensor:
+    """One head of three in a group is taken for all."""
+    batch, n, heads, d = x.shape
+    return x.reshape(batch, n, heads // 2, 2, d)[:, :, :, 1:].expand(-1, -1, -1, 2, -1).flatten(2, 3)
+
+
+SPEEDS = torch.tensor([1.0, 0.1, 0.01, 0.001]).repeat(2)
+
+
+def turned(x: Tensor) -> Tensor:
+    angles = torch.arange(x.shape[2])[:, None] * SPEEDS
+    return dialect.rope(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype), False)
+
+
+BEHIND_TOKENS = {
+    "view": (grouped_by_view, 2),
+    "interleave": (lambda x: x.repeat_interleave(2, 2), 2),
+    "slice": (grouped_in_place, 4),
+}
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize("name", BEHIND_TOKENS)
+def test_heads_repeated_behind_the_tokens(name: str, rotated: bool) -> None:
+    repeat, heads = BEHIND_TOKENS[name]
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (repeat(x).transpose(1, 2) for x in (k, v))
+        return scores(q, turned(k) if rotated else k).softmax(-1) @ v
+
+    def behind(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        return [q, *(x[:, :heads].transpose(1, 2).contiguous() for x in (k, v))]
+
+    after = RAISE(export(function, *behind(Q, K, V), axes=lambda x: [i for i, n in enumerate(x.shape) if n in (3, 6)]))
+
+    assert shape_of(attention(after).args[1])[1] == "2"
+    assert not after.main.calls(torch.ops.aten.expand.default, torch.ops.aten.repeat_interleave.self_int)
+    agrees(after, function, *behind(*others()))
 
 
 def test_normed_queries_and_keys() -> None:
