@@ -27,8 +27,8 @@ def unrepeated(emit: Emit, node: fx.Node) -> fx.Node:
     """
     if node.target is ops.rope.target:
         source: fx.Node = node.args[0]  # type: ignore[assignment]
-        once = unrepeated(emit, source)
-        return node if once is source else emit(node.target, once, *node.args[1:])
+        plain = unrepeated(emit, source)
+        return node if plain is source else emit(node.target, plain, *node.args[1:])
     target, args = form(node)
     if target is aten.permute.default and args[1] == TOKENS_FIRST:
         once = _once(emit, args[0], -2)
