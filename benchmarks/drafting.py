@@ -2,9 +2,9 @@
 
     python -m benchmarks.drafting --calibration FOLDER [--threads 1] [--tokens 200] [--prompts 10] [--json FILE]
 
-FOLDER has .txt files that int4 drafts are fitted to. Every prompt is new to every model, so that n-grams know no more of
-it than they read; plain decoding and drafting take turns on one artefact. Prose: held-out text of 100 tokens, greedy and
-sampled. Repetitive: a held-out passage that begins again, greedy.
+FOLDER has .txt files that int4 drafts are fitted to. Every prompt is new to every model, so that n-grams know no more
+of it than they read; plain decoding and drafting take turns on one artefact. Prose: 100 tokens of held-out text, greedy
+and sampled. Repetitive: a held-out passage that begins again, greedy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import sylvester as sv
-from benchmarks.quality.recipes import CHARACTERS, HELD, MODEL
+from benchmarks.quality.recipes import HELD, MODEL
 
 DRAFTS: dict[str, Any] = {
     "n-grams": "ngram",
@@ -29,6 +29,8 @@ DRAFTS: dict[str, Any] = {
     "int4 and n-grams": ["quantize(weights=4, activations=8)", "ngram"],
     "layers skipped, 1.5x": "skip-layers(speedup=1.5)",
 }
+PIECE = 3000
+"""Characters of each text to fit to."""
 PROSE, PASSAGE = 100, 120
 """Tokens of a prompt, and of a passage that begins again."""
 WAYS: dict[str, dict[str, Any]] = {
@@ -65,7 +67,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    texts = [path.read_text(encoding="utf-8")[:CHARACTERS] for path in sorted(options.calibration.glob("*.txt"))]
+    texts = [path.read_text(encoding="utf-8")[:PIECE] for path in sorted(options.calibration.glob("*.txt"))]
     rows = []
     for row in measured(texts, options):
         rows.append(row)
@@ -95,8 +97,7 @@ def timed(
     model: sv.Compiled, name: str, way: str, prompts: Sequence[np.ndarray], given: dict[str, Any],
     options: argparse.Namespace,
 ) -> Row:  # fmt: skip
-    ratios, plain, before = [], [], (model.drafting.made, model.drafting.rounds, model.drafting.accepted)
-    drafted = model.drafting.drafted
+    ratios, plain, before = [], [], tally(model)
     for prompt in prompts:
         seconds, found = {}, {}
         for draft in (False, None):
@@ -107,11 +108,14 @@ def timed(
             raise SystemExit(f"{name}, {way}: drafting changed the tokens")
         ratios.append(seconds[False] / seconds[None])
         plain.append(1e3 * seconds[False] / options.tokens)
-    made, rounds, accepted = (
-        getattr(model.drafting, f) - b for f, b in zip(("made", "rounds", "accepted"), before, strict=True)
-    )
-    share = accepted / max(1, model.drafting.drafted - drafted)
-    return Row(name, way, options.threads, median(plain), median(ratios), made / max(1, rounds), share)
+    made, rounds, accepted, drafted = (after - b for after, b in zip(tally(model), before, strict=True))
+    calls, share = made / max(1, rounds), accepted / max(1, drafted)
+    return Row(name, way, options.threads, median(plain), median(ratios), calls, share)
+
+
+def tally(model: sv.Compiled) -> tuple[int, int, int, int]:
+    done = model.drafting
+    return done.made, done.rounds, done.accepted, done.drafted
 
 
 if __name__ == "__main__":

@@ -285,7 +285,7 @@ def test_unequal_blocks_are_refused_with_a_reason():
 
 def test_a_block_that_shrinks_the_stream_stays():
     program = traced("resnet")
-    after, changes = run(program, ShareBlocks(remove=0.4))
+    after, changes = run(program, ShareBlocks(remove=0.4, rank="similarity"))
     assert changes.counts() == {"block": 2}
     assert len(changes.figures) == len(find_layers(program)) - 1
     assert evaluate(after)
