@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sylvester.compiler import registry
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.pipeline import Pass
 from sylvester.compiler.program import Program
-from sylvester.compiler.recipe import Machine
-from sylvester.compiler.resolve import Step, expand, resolve_passes, separated
+from sylvester.compiler.recipe import Machine, Recipe
+from sylvester.compiler.resolve import Step, expand, not_a_step, resolve_passes, separated
 
 PASS, NGRAM = "sylvester.passes.draft:Draft", "ngram"
 """The pass that adds the draft, and what names n-grams among its steps."""
@@ -25,14 +26,38 @@ class DraftOption:
 
     @staticmethod
     def parse(given: str | Step | Sequence[str | Step]) -> DraftOption:
-        items = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-        texts = [part for item in items for part in (separated(item) or [item] if isinstance(item, str) else [item])]
-        if not texts or "" in texts:
+        items = [given] if isinstance(given, (str, Pass, Recipe)) or not isinstance(given, Iterable) else list(given)
+        parts = [part for item in items for part in _parts(item)]
+        if not parts or "" in parts:
             hint = "give passes such as 'quantize(weights=4)', or 'ngram'"
             raise CompileError("draft names nothing that drafts", hint=hint)
-        return DraftOption(resolve_passes([part for part in texts if part != NGRAM]), NGRAM in texts)
+        steps = tuple(step for part in parts if part != NGRAM for step in _steps(part))
+        return DraftOption(steps, NGRAM in parts)
 
     def expand(self, program: Program, machine: Machine | None) -> Pass:
         """The pass that adds the draft to the program as it is."""
         made: Pass = registry.resolve(PASS)(expand(self.steps, program, machine).passes, self.ngram)
         return made
+
+
+def _parts(item: str | Step) -> list[str | Step]:
+    if isinstance(item, str):
+        return [*separated(item)] or [""]
+    if not isinstance(item, (Pass, Recipe)):
+        raise not_a_step("draft holds", item, none="None")
+    return [item]
+
+
+def _steps(part: str | Step) -> tuple[Step, ...]:
+    """What a part stands for, without a pass that adds a draft itself."""
+    try:
+        found = resolve_passes(part)
+    except CompileError as error:
+        if isinstance(part, str) and difflib.get_close_matches(part.partition("(")[0].lower(), [NGRAM], 1, 0.7):
+            raise CompileError(error.message, hint=f"did you mean {NGRAM!r}?") from error
+        raise
+    for step in found:
+        if isinstance(step, Pass) and step.contract == "drafted":
+            hint = "give its steps here, or the pass itself among `passes`"
+            raise CompileError(f"draft holds {step}, which adds a draft itself", hint=hint)
+    return found

@@ -24,7 +24,7 @@ def resolve_passes(passes: str | Step | Sequence[str | Step]) -> tuple[Step, ...
     if isinstance(passes, (str, Pass, Recipe)):
         passes = [passes]
     if not isinstance(passes, Iterable):
-        raise _unknown(passes)
+        raise not_a_step("passes hold", passes)
     return tuple(step for given in passes for step in _steps(given))
 
 
@@ -32,15 +32,16 @@ def _steps(given: str | Step) -> tuple[Step, ...]:
     if isinstance(given, (Pass, Recipe)):
         return (given,)
     if not isinstance(given, str):
-        raise _unknown(given)
+        raise not_a_step("passes hold", given)
     return tuple(step for text in separated(given) or [given] for step in _named(text))
 
 
-def _unknown(found: object) -> TypeError:
+def not_a_step(holds: str, found: object, none: str = "()") -> TypeError:
+    """For what is neither a text nor a pass or recipe; `holds` begins the message, `none` stands for nothing."""
     if isinstance(found, type):
-        return TypeError(f"passes hold the class {found.__name__}, expected an instance: {found.__name__}()")
-    expected = "texts such as 'w4a8', passes and recipes, or a list of these; () for none"
-    return TypeError(f"passes hold {found!r}, expected {expected}")
+        return TypeError(f"{holds} the class {found.__name__}, expected an instance: {found.__name__}()")
+    expected = f"texts such as 'w4a8', passes and recipes, or a list of these; {none} for none"
+    return TypeError(f"{holds} {found!r}, expected {expected}")
 
 
 def separated(text: str) -> list[str]:
@@ -58,12 +59,10 @@ def separated(text: str) -> list[str]:
 def _named(text: str) -> tuple[Step, ...]:
     """A recipe, which may be a plain list of passes, or one pass, with options as its own text has them."""
     name, given, options = text.partition("(")
-    if given:
-        return (_configured(name, options, text),)
-    if name in registry.table("recipes"):
+    if not given and name in registry.table("recipes"):
         recipe: Recipe | tuple[Pass, ...] = registry.lookup("recipes", name)
         return (recipe,) if isinstance(recipe, Recipe) else recipe
-    return (registry.lookup("passes", name)(),)
+    return (_configured(name, options if given else ")", text),)
 
 
 def _configured(name: str, options: str, text: str) -> Pass:

@@ -20,8 +20,9 @@ from sylvester.compiler import registry
 from sylvester.compiler.changes import Changes
 from sylvester.compiler.driver import resolve_passes
 from sylvester.compiler.errors import CompileError, InputError, Unsupported
-from sylvester.compiler.manifest import read_verified
+from sylvester.compiler.manifest import DraftSpec, read_verified
 from sylvester.compiler.pipeline import Pass
+from sylvester.passes import Draft, Quantize
 from tests import zoo
 
 
@@ -177,12 +178,84 @@ def test_progress_names_the_stages():
     assert all(0 <= done <= total for _, done, total in seen)
 
 
-@pytest.mark.parametrize("option", ["draft"])
-def test_options_of_other_versions_are_refused(option):
+@pytest.mark.parametrize(
+    ("draft", "entries", "spec"),
+    [
+        ("ngram", {"prefill", "decode", "start"}, DraftSpec("", True)),
+        ("skip-layers(layers=(1,))", {"prefill", "decode", "start", "draft"}, DraftSpec("draft", False)),
+        ([Quantize(weights=4), "ngram"], {"prefill", "decode", "start", "draft"}, DraftSpec("draft", True)),
+        ("skip-layers(layers=(1,)), ngram", {"prefill", "decode", "start", "draft"}, DraftSpec("draft", True)),
+    ],
+)
+def test_what_drafts_is_made_last_and_recorded(draft, entries, spec):
+    case = zoo.case("llama-gqa")
+
+    with sv.compile(case.model, case.inputs, target="null", passes="fold-norms", draft=draft) as compiled:
+        assert set(compiled.entries) == entries
+        assert compiled.manifest.generation.draft == spec
+        first, last = compiled.manifest.passes
+        assert (first, last.partition("(")[0]) == ("fold-norms", "draft")
+        assert ("ngram" in last) == spec.ngram
+        assert last in compiled.ledger
+
+
+def test_nothing_drafts_unless_asked():
+    case = zoo.case("llama-gqa")
+
+    with sv.compile(case.model, case.inputs, target="null") as compiled:
+        assert compiled.manifest.generation.draft is None
+        assert "draft" not in compiled.entries
+
+
+@pytest.mark.parametrize(
+    ("draft", "message", "hint"),
+    [
+        ("", "draft names nothing that drafts", "or 'ngram'"),
+        (" , ", "draft names nothing that drafts", "or 'ngram'"),
+        ([], "draft names nothing that drafts", "or 'ngram'"),
+        (["ngram", ""], "draft names nothing that drafts", "or 'ngram'"),
+        ("skip-layer(layers=(1,))", "no pass named 'skip-layer'", "did you mean 'skip-layers'"),
+        (["quantize(weights=4)", "n-grams"], "no pass named 'n-grams'", "did you mean 'ngram'?"),
+        ("skip-layers, ngram", "cannot read the pass 'skip-layers': give either speedup or layers", "speedup"),
+        ("draft(ngram=True)", "draft holds draft(ngram), which adds a draft itself", "give its steps"),
+        ([Draft((Quantize(),)), "ngram"], "which adds a draft itself", "give its steps"),
+    ],
+)
+def test_what_cannot_draft_is_refused_before_the_model_is_read(draft, message, hint):
+    with pytest.raises(CompileError) as error:
+        sv.compile("no such model", target="null", draft=draft)
+
+    assert message in error.value.message
+    assert hint in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("draft", "message"),
+    [
+        (Quantize, r"draft holds the class Quantize, expected an instance: Quantize\(\)"),
+        ([1, "ngram"], "draft holds 1, expected texts .* None for none"),
+        (True, "draft holds True, expected texts"),
+    ],
+)
+def test_a_draft_of_another_type_is_refused(draft, message):
+    with pytest.raises(TypeError, match=message):
+        sv.compile("no such model", target="null", draft=draft)
+
+
+def test_one_pass_drafts():
+    case = zoo.case("llama-gqa")
+
+    with pytest.raises(CompileError, match="the program drafts already") as error:
+        sv.compile(case.model, case.inputs, target="null", passes=[Draft(ngram=True)], draft="ngram")
+
+    assert "give all that drafts in one pass" in error.value.hint
+
+
+def test_a_model_that_does_not_decode_takes_no_draft():
     model, inputs = tiny()
 
-    with pytest.raises(Unsupported, match=f"`{option}` is not taken by this version"):
-        sv.compile(model, inputs, target="null", **{option: [1]})
+    with pytest.raises(Unsupported, match=r"needs an entry 'decode', the program has \['forward'\]"):
+        sv.compile(model, inputs, target="null", draft="ngram")
 
 
 @pytest.mark.parametrize(

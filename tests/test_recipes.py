@@ -210,6 +210,7 @@ def test_what_is_no_pass_is_an_error(given):
     ("text", "message"),
     [
         ("quantize(bits=4)", "no option 'bits'.* options are .*weights"),
+        ("skip-layers", "cannot read the pass 'skip-layers': give either speedup or layers.* options are .*speedup"),
         ("quantize(method=gptq)", "method is gptq, expected a number, True, False or a quoted text"),
         ("w4a8(group=64)", "the recipe 'w4a8' takes no options"),
         ("quantize(4)", "options by name"),
