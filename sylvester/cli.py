@@ -6,6 +6,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +41,19 @@ Model = Annotated[
 ]
 PASSES = "Passes and recipes to apply, separated by commas, with options such as quantize(weights=4, group=32)."
 Threads = Annotated[int | None, typer.Option(help="Threads to use; default: every core.")]
+
+
+class Drafts(StrEnum):
+    """What proposes tokens while generating."""
+
+    COMPILED = "compiled"
+    NGRAM = "ngram"
+    NONE = "none"
+
+    @property
+    def option(self) -> str | bool | None:
+        """As `Compiled.generate` takes it."""
+        return {Drafts.COMPILED: None, Drafts.NGRAM: "ngram", Drafts.NONE: False}[self]
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -92,6 +107,12 @@ def compile_command(
     budget: Annotated[
         str, typer.Option(help="Bounds to keep by choosing what each layer becomes: size=40MB,latency=5ms,max_kl=0.05.")
     ] = "",
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="What proposes tokens while generating: passes that make a cheaper decode step, ngram, or both."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile a model and save the artefact."""
@@ -109,7 +130,7 @@ def compile_command(
     with watched(not as_json) as progress:
         chosen = Target(target, max_length=max_length)
         options: dict[str, Any] = {"passes": names, "calibration": data, "threads": threads, "progress": progress}
-        options["budget"] = budget or None
+        options |= {"budget": budget or None, "draft": draft}
         compiled = build(module, example, target=chosen, **options)
     with compiled:
         compiled.save(output)
@@ -192,6 +213,10 @@ def generate(
         float, typer.Option(help="Above 1: tokens of the text so far become less likely.")
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes drawing repeatable.")] = None,
+    draft: Annotated[
+        Drafts,
+        typer.Option(help="What proposes tokens: as compiled, what was read before, or nothing. Changes no token."),
+    ] = Drafts.COMPILED,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -201,7 +226,7 @@ def generate(
     start = time.perf_counter()
     with load(artefact, threads=threads) as compiled:
         options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        options["repetition_penalty"] = repetition_penalty
+        options |= {"repetition_penalty": repetition_penalty, "draft": draft.option}
         stream = compiled.generate(prompt, max_new_tokens, stream=True, **options)
         show: Callable[[str], object] = (lambda piece: None) if as_json else _write
         show(prompt)
@@ -209,11 +234,13 @@ def generate(
         for piece in stream:
             pieces.append(piece)
             show(piece)
+        drafting = asdict(compiled.drafting)
     text = "".join(pieces)
     if not as_json:
         typer.echo()
         return
-    emit({"prompt": prompt, "text": text, "seconds": time.perf_counter() - start}, "", as_json)
+    seconds = time.perf_counter() - start
+    emit({"prompt": prompt, "text": text, "seconds": seconds, "drafting": drafting}, "", as_json)
 
 
 def _write(piece: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import pytest
 from sylvester.__main__ import main
 from sylvester.cli_show import emit
 from sylvester.compiler import knobs
-from sylvester.compiler.manifest import read
+from sylvester.compiler.manifest import DraftSpec, read
 from tests import artefacts
 from tests.test_compiled import LETTERS
 
@@ -37,6 +38,11 @@ def slow():
 
 def triple():
     return 1, 2, 3
+
+def language():
+    from tests import zoo
+    case = zoo.case("llama-tied")
+    return case.model, case.inputs
 """
 
 
@@ -85,6 +91,33 @@ def test_sampling_options_reach_generate(lm, capsys):
     assert run_json(capsys, *options)["text"] == run_json(capsys, *options)["text"]
     assert "top_p is 2.0" in failure(capsys, *options, "--top-p", "2")
     assert "repetition_penalty is 0.0" in failure(capsys, *options, "--repetition-penalty", "0")
+
+
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory):
+    """The same model, drafting with n-grams."""
+    generation = dataclasses.replace(artefacts.MANIFEST.generation, steady=True, draft=DraftSpec(ngram=True))
+    manifest = dataclasses.replace(artefacts.MANIFEST, generation=generation)
+    folder = artefacts.write(tmp_path_factory.mktemp("artefact") / "drafting", manifest=manifest)
+    LETTERS.save(str(folder / "tokenizer.json"))
+    read(folder).seal(folder)
+    return str(folder)
+
+
+def test_generate_drafts_as_compiled_or_as_told(drafting, capsys):
+    found = {way: run_json(capsys, "generate", drafting, "ab", "--draft", way) for way in ("compiled", "ngram", "none")}
+    default = run_json(capsys, "generate", drafting, "ab")
+
+    assert len({answer["text"] for answer in (default, *found.values())}) == 1
+    assert default["text"]
+    for answer in (default, found["compiled"], found["ngram"]):
+        assert answer["drafting"]["made"] >= answer["drafting"]["rounds"] > 0
+    assert found["none"]["drafting"] == {"rounds": 0, "made": 0, "drafted": 0, "accepted": 0}
+
+
+def test_generate_drafts_only_where_drafts_can_be_verified(lm, capsys):
+    assert "cannot verify drafts" in failure(capsys, "generate", lm, "bb", "--draft", "ngram")
+    assert "'compiled', 'ngram', 'none'" in failure(capsys, "generate", lm, "bb", "--draft", "w4a8", code=2)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".json"])
@@ -204,6 +237,17 @@ def test_compile_with_named_passes(models, capsys):
     assert read(Path("out")).passes == ("canonicalize", "raise-glu")
 
 
+def test_compile_with_a_draft(models, capsys):
+    command = ["compile", "cli_models:language", "--target", "null", "-o", "out"]
+
+    found = run_json(capsys, *command, "--draft", "skip-layers(layers=(1,)), ngram")
+
+    assert "draft" in found["entries"]
+    assert found["ledger"][-1]["contract"] == "drafted"
+    assert read(Path("out")).generation.draft == DraftSpec("draft", True)
+    assert read(Path("out")).passes[-1].startswith("draft(skip-layers(")
+
+
 def test_show_a_model(models, capsys):
     assert main(["show", "cli_models:factory"]) == 0
     assert "entry forward(" in capsys.readouterr().out
@@ -219,6 +263,10 @@ def test_show_a_model(models, capsys):
         (["cli_models:factory", "--target", "cup"], "did you mean 'cpu'?"),
         (["cli_models:factory", "--target", "null", "--passes", "cannonicalize"], "did you mean 'canonicalize'?"),
         (["cli_models:factory", "--threads", "0"], "threads must be at least 1, found 0"),
+        (["cli_models:factory", "--target", "null", "--passes", "skip-layers"], "give either speedup or layers"),
+        (["cli_models:factory", "--target", "null", "--draft", ""], "draft names nothing that drafts"),
+        (["cli_models:factory", "--target", "null", "--draft", "ngrams"], "did you mean 'ngram'?"),
+        (["cli_models:factory", "--target", "null", "--draft", "ngram"], "drafting needs an entry 'decode'"),
     ],
 )
 def test_compile_errors_leave_nothing_behind(models, capsys, arguments, message):
