@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sylvester.__main__ import main
 from sylvester.cli_show import emit
@@ -40,9 +42,12 @@ def triple():
     return 1, 2, 3
 
 def language():
-    from tests import zoo
-    case = zoo.case("llama-tied")
-    return case.model, case.inputs
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True, "use_cache": False}
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 64}
+    config = LlamaConfig(num_hidden_layers=2, initializer_range=0.3, **sizes, **heads)
+    return LlamaForCausalLM(config).eval(), {"input_ids": torch.randint(61, (2, 7))}
 """
 
 
@@ -248,6 +253,37 @@ def test_compile_with_a_draft(models, capsys):
     assert read(Path("out")).passes[-1].startswith("draft(skip-layers(")
 
 
+@pytest.fixture
+def budgeted(models):
+    """The command that compiles a language model with texts of its own, but for the budget."""
+    model, ids = importlib.import_module("cli_models").language()[0], torch.arange(3, 7)[:, None]
+    with torch.no_grad():
+        while ids.shape[1] < 12:
+            ids = torch.cat([ids, (2 * model(ids).logits[:, -1]).softmax(-1).multinomial(1)], 1)
+    np.save("ids.npy", ids.numpy())
+    return ["compile", "cli_models:language", "--target", "null", "-o", "out", "--calibration", "ids.npy", "--budget"]
+
+
+def test_compile_keeps_a_budget(budgeted, capsys):
+    found = run_json(capsys, *budgeted, "size=16kB, max_kl=0.5")
+
+    search = json.loads(Path("out", "report.json").read_text())["search"]
+    chosen, final = search["chosen"]["measured"], found["ledger"][-1]["after"]
+    assert chosen["size"] == final["parameter_bytes"] <= 16_000
+    assert chosen["max_kl"] <= 0.5
+    assert [layer["layer"] for layer in search["layers"]] == ["0", "1"]
+    assert any(step.startswith("quantize") for step in read(Path("out")).passes)
+
+
+def test_a_budget_that_cannot_be_kept_names_the_nearest(budgeted, capsys):
+    err = failure(capsys, *budgeted, "size=100B")
+
+    assert "size is bounded by 100 B" in err
+    assert "the nearest point has size" in err
+    assert "hint: give at least size=" in err
+    assert not Path("out").exists()
+
+
 def test_show_a_model(models, capsys):
     assert main(["show", "cli_models:factory"]) == 0
     assert "entry forward(" in capsys.readouterr().out
@@ -264,6 +300,17 @@ def test_show_a_model(models, capsys):
         (["cli_models:factory", "--target", "null", "--passes", "cannonicalize"], "did you mean 'canonicalize'?"),
         (["cli_models:factory", "--threads", "0"], "threads must be at least 1, found 0"),
         (["cli_models:factory", "--target", "null", "--passes", "skip-layers"], "give either speedup or layers"),
+        (
+            ["cli_models:factory", "--budget", "size=3parsec"],
+            "size is '3parsec', expected bytes as a number, or a text such",
+        ),
+        (
+            ["cli_models:factory", "--budget", "latency=3MB"],
+            "latency is '3MB', expected seconds as a number, or a text such",
+        ),
+        (["cli_models:factory", "--budget", "sise=3MB"], "did you mean 'size'?"),
+        (["cli_models:factory", "--budget", "3MB"], "budget has '3MB', expected field=value"),
+        (["cli_models:factory", "--budget", "size=3MB"], "measuring on calibration data, and there is none"),
         (["cli_models:factory", "--target", "null", "--draft", ""], "draft names nothing that drafts"),
         (["cli_models:factory", "--target", "null", "--draft", "ngrams"], "did you mean 'ngram'?"),
         (["cli_models:factory", "--target", "null", "--draft", "ngram"], "drafting needs an entry 'decode'"),
