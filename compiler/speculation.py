@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sylvester.compiler.drafts import FIRST, Draft, Drafter, Drafting
 from sylvester.compiler.sampling import Sampling
@@ -74,7 +74,7 @@ class Speculation:
 
         return self.drafter.propose(self.session, last, most, self.sampling, np.stack(self._drawn[:most]))
 
-    def _choose(self, logits: NDArray[np.floating], position: int) -> Ids:  # type: ignore[type-arg]
+    def _choose(self, logits: NDArray[np.floating[Any]], position: int) -> Ids:
         uniform = self._drawn.pop(0) if self._drawn else self._uniform()
         return self.sampling.pick(logits, self.session.tokens[:, :position], uniform)
 
