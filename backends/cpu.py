@@ -54,7 +54,7 @@ class Cpu(Backend):
         compiled = compile_program(lasting.program)
         names = {entry: [use.name for use in uses] for entry, uses in compiled.weights.items()}
         stored, held = lasting.tensors(compiled.weights)
-        made = replace(manifest(program, target, weights=names), derived=lasting.derived(compiled.weights))
+        made = replace(manifest(program, target, weights=names, steady=True), derived=lasting.derived(compiled.weights))
         plan = memory_plan(program, made, stored | held, compiled.unit.arenas)
         progress(plan.notes()[0], 0, 1)
         isas = variants(compiled.unit.formats, target.architecture, target.isas)

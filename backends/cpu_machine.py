@@ -76,7 +76,7 @@ class CpuMachine(Machine):
         compiled = compile_program(lasting.program)
         names = {entry: [use.name for use in uses] for entry, uses in compiled.weights.items()}
         stored, held = lasting.tensors(compiled.weights)
-        made = manifest(program, self.target, weights=names)
+        made = manifest(program, self.target, weights=names, steady=True)
         plan = memory_plan(program, made, stored | held, compiled.unit.arenas, rows=1)
         layouts = {layout.name: layout for uses in compiled.weights.values() for layout in uses}
         by_keys: dict[tuple[str, ...], int] = {}

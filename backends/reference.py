@@ -18,10 +18,12 @@ from sylvester.compiler.manifest import Manifest
 from sylvester.compiler.program import Program
 from sylvester.compiler.progress import Progress
 from sylvester.compiler.runner import State, entry_of
+from sylvester.compiler.stages import DRAFT
 from sylvester.compiler.target import Target
 
 Array = NDArray[np.generic]
 PROGRAM = "program"
+UNVERIFIED = "generation drafts nothing: PyTorch rounds tokens that come together otherwise than single ones"
 
 
 class Reference(Backend):
@@ -29,6 +31,7 @@ class Reference(Backend):
 
     def build(self, program: Program, target: Target, folder: Path, progress: Progress) -> Manifest:
         serialize.save(program, folder / PROGRAM)
+        self.notes = (UNVERIFIED,) if DRAFT in program.info else ()
         return signature(program, target)
 
 

@@ -32,9 +32,17 @@ EXPORT_MINIMUM = 2
 
 
 def manifest(
-    program: Program, target: Target, *, isas: Sequence[str] = (), weights: Mapping[str, Sequence[str]] | None = None
+    program: Program,
+    target: Target,
+    *,
+    isas: Sequence[str] = (),
+    weights: Mapping[str, Sequence[str]] | None = None,
+    steady: bool = False,
 ) -> Manifest:
-    """All of the manifest but the files. `weights` names the stored tensors of an entry where they are packed anew."""
+    """All of the manifest but the files. `weights` names the stored tensors of an entry where they are packed anew.
+
+    `steady`: the kernels of the backend give few rows at once the bits that each has alone.
+    """
     entries = {name: entry_spec(program, entry, (weights or {}).get(name)) for name, entry in program.entries.items()}
     slots = {n: SlotSpec(s.index, dtype_text(s.dtype), shape_text(s.shape)) for n, s in program.state.items()}
     info = program.info
@@ -45,17 +53,19 @@ def manifest(
         isas=tuple(isas),
         state=slots,
         output=OutputSpec(str(info.get("output_type", "tensor"))),
-        generation=_generation(program) if generates else None,
+        generation=_generation(program, steady) if generates else None,
         threads=target.threads,
     )
 
 
-def _generation(program: Program) -> Generation:
+def _generation(program: Program, steady: bool) -> Generation:
     info = program.info
     stages = stages_of(info) if KEY in info else ()
     ends = tuple(info.get("eos_token_ids", ()))
     draft = DraftSpec(**info[DRAFT]) if DRAFT in info else None
-    return Generation(int(info["max_length"]), ends, stages, is_uniform(program), unsteady(program) is None, draft)
+    return Generation(
+        int(info["max_length"]), ends, stages, is_uniform(program), steady and unsteady(program) is None, draft
+    )
 
 
 def entry_spec(program: Program, entry: Entry, weights: Sequence[str] | None = None) -> EntrySpec:

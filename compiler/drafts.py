@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Ids = NDArray[np.int64]
-    Uniform = NDArray[np.float64]
+    Uniform = Callable[[int], NDArray[np.float64]]
 
 FIRST = "first"
 """Kind of a first token that a model has yet to draft."""
@@ -51,7 +52,7 @@ class Drafter(Protocol):
     def propose(self, session: Session, last: Ids, most: int, sampling: Sampling, uniform: Uniform) -> Draft:
         """At most `most` tokens after `last` [batch], which comes after what the session holds.
 
-        `uniform` [n, batch] are the numbers that the choices at these places will be made with.
+        `uniform` gives the numbers [batch] that the choice at each place will be made with.
         """
         ...
 
@@ -110,7 +111,7 @@ class ModelDrafter:
             made = len(draft.tokens)
             logits = session.ahead(self.entry, tokens[:, None], made)
             context = np.concatenate([context, tokens[:, None]], 1) if context.shape[1] else context
-            tokens = sampling.pick(logits, context, uniform[made])
+            tokens = sampling.pick(logits, context, uniform(made))
             likely = _kind(logits, tokens)
             draft.add(self.policy, tokens, likely)
         if draft.tokens:
@@ -148,7 +149,7 @@ class Drafters:
         self._made: dict[tuple[DraftSpec, bool], Drafter] = {}
 
     def find(self, wanted: bool | str | None, greedy: bool = True) -> Drafter | None:
-        """None: as compiled; False: none; "ngram": n-grams, whatever was compiled. Rates of `greedy` calls are apart."""
+        """None: as compiled; False: none; "ngram": n-grams, whatever was compiled. Greedy calls have own rates."""
         spec = DraftSpec(ngram=True) if wanted == "ngram" else DraftSpec() if wanted is False else self.spec
         if spec == DraftSpec():
             return None

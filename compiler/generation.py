@@ -92,8 +92,8 @@ def steps(
 
     count = budget(runner.manifest, prompt, options.max_new_tokens)
     drafter = (drafters or Drafters(None)).find(options.draft, options.sampling.temperature == 0)
-    if drafter:
-        _require_steady(runner.manifest)
+    if drafter and not _verifies(runner.manifest, options.draft):
+        drafter = None
     uniform = generation_of(runner.manifest).uniform
     chunk = options.chunk if options.chunk is not None else CHUNK if uniform else 0
     pool = pool if pool is not None and (uniform if options.reuse is None else options.reuse) else SessionPool(kept=0)
@@ -124,12 +124,14 @@ def _steps(speculation: Speculation, pool: SessionPool, prompt: Ids, count: int,
                     return
 
 
-def _require_steady(manifest: Manifest) -> None:
-    if not generation_of(manifest).steady:
+def _verifies(manifest: Manifest, asked: bool | str | None) -> bool:
+    """Whether drafts can be verified; `Unsupported` where the caller asks for what cannot be."""
+    if not generation_of(manifest).steady and asked:
         raise Unsupported(
             "this artefact cannot verify drafts: rounding depends on how many tokens come together",
             hint="generate with draft=False",
         )
+    return generation_of(manifest).steady
 
 
 def budget(manifest: Manifest, prompt: Ids, wanted: int | None) -> int:

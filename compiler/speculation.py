@@ -68,11 +68,13 @@ class Speculation:
         most = min(most, room, QUERIES - 1, ROWS // len(last) - 1, self.session.stretch() - 1)
         if self.drafter is None or most < 1 or not self.drafter.policy.allowed():
             return Draft()
-        while len(self._drawn) < most:
-            self._drawn.append(self._uniform())
-        import numpy as np
+        return self.drafter.propose(self.session, last, most, self.sampling, self._peek)
 
-        return self.drafter.propose(self.session, last, most, self.sampling, np.stack(self._drawn[:most]))
+    def _peek(self, place: int) -> NDArray[np.float64]:
+        """The number of the choice so many places after the next one."""
+        while len(self._drawn) <= place:
+            self._drawn.append(self._uniform())
+        return self._drawn[place]
 
     def _choose(self, logits: NDArray[np.floating[Any]], position: int) -> Ids:
         uniform = self._drawn.pop(0) if self._drawn else self._uniform()

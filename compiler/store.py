@@ -17,6 +17,8 @@ KEPT = "kept"
 WORK = ".work-"
 KINDS = 3
 """Compiled code, models and finished layers share the room."""
+PROCESSES = 8
+"""How many may fill what is left of the room before one of them looks again."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,14 @@ class Store:
 
         The first of several processes wins. An entry larger than half the limit would throw out all the others.
         """
-        if _bytes(made) <= self.limit // 2:
+        size = _bytes(made)
+        if size <= self.limit // 2:
             with suppress(OSError):
                 made.rename(self.folder / key)
         shutil.rmtree(made, ignore_errors=True)
-        self._make_room()
+        _ROOM[self] = _ROOM.get(self, 0) - size
+        if _ROOM[self] < 0:
+            self._make_room()
         return (self.folder / key).is_dir()
 
     def drop(self, key: str) -> None:
@@ -68,6 +73,7 @@ class Store:
                 break
             _discard(path)
             total -= size
+        _ROOM[self] = max(0, self.limit - total) // PROCESSES
         for path in self.folder.glob(f"{WORK}*"):
             if _abandoned(path):
                 shutil.rmtree(path, ignore_errors=True)
@@ -76,6 +82,10 @@ class Store:
         for path in self.folder.glob("[!.]*"):
             with suppress(OSError):
                 yield path.stat().st_mtime, path, _bytes(path)
+
+
+_ROOM: dict[Store, int] = {}
+"""Bytes that this process may keep before it looks at all entries again."""
 
 
 def _discard(path: Path) -> None:

@@ -160,6 +160,17 @@ def test_bad_drafts():
         compiled().generate(prompts(1), 3, draft="w4a8")
 
 
+def test_a_target_that_rounds_otherwise_generates_plainly():
+    program = zoo.traced("llama-gqa").clone()
+    model = sv.compile(program, draft="ngram", target="reference")
+    wanted = compiled().generate(prompts(1), 10, draft=False, stop=())
+    assert np.array_equal(model.generate(prompts(1), 10, stop=()), wanted)
+    assert not model.drafting.rounds
+    assert "drafts nothing" in model.ledger
+    with pytest.raises(Unsupported, match="cannot verify drafts"):
+        model.generate(prompts(1), 3, draft="ngram")
+
+
 def test_sparse_kernels_do_not_verify():
     program = zoo.traced("llama-gqa").clone()
     program.calibration = Calibration(({"input_ids": torch.tensor(prompts(1, 20))},))
