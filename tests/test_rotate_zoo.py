@@ -210,10 +210,10 @@ MODELS = {
     ),
 }
 ROLES = {
-    "gemma2": {"residual": 1, "ffn": 4},  # norms of branches enter the stream: 4 transforms
+    "gemma2": {"residual": 1, "values": 2, "ffn": 2},
     "phi3": {"residual": 1, "values": 2, "ffn": 2},
     "olmo2": {"residual": 1, "values": 2, "ffn": 2, "inputs": 0},
-    "bloom": {"residual": 1, "inputs": 1, "ffn": 4},
+    "bloom": {"residual": 1, "inputs": 3, "values": 2, "ffn": 2},
     "albert": {"residual": 1, "inputs": 5, "values": 1, "ffn": 2},
     "beit": {"inputs": 4, "values": 2, "ffn": 2},
 }
