@@ -9,15 +9,19 @@ FADING = 0.95
 """What a round counts beside the one after it, in rates of acceptance (as DEL has it)."""
 PRIOR = (2.0, 1.0)
 """Drafts accepted and rejected before the first one."""
-RECENT = 0.05
-"""What the last call counts among those before it, in times."""
+RECENT, SOONER = 0.05, 0.25
+"""What the last call counts among those before it, in times, and where it was faster: other work only slows down."""
+START = 4
+"""Values from which on their mean counts."""
 SLOPE = 0.1
 """What one token more takes beside a call of one, until calls have been timed."""
 FRESH = 40
 """Calls after which one of a single token is timed again."""
-PATIENCE = (32, 1024)
-"""Calls without drafts after which one is tried, though it did not pay: at first, and at most."""
-ALLOWED, ADVANCE = 0.015, 6.0
+PATIENCE = (32, 256)
+"""Calls without drafts after which some are tried, though they did not pay: at first, and at most."""
+TRIED = 4
+"""Calls in a row that are tried: after the first, what drafts is in the cache of the processor."""
+ALLOWED, ADVANCE = 0.01, 4.0
 """Part of all time that drafting may lose, and steps of plain decoding that it may lose at once."""
 
 
@@ -38,16 +42,21 @@ class Rate:
 
 @dataclass
 class Mean:
-    """Of the values of late; one that is far off counts as twice or half the mean: something else ran."""
+    """Of the values of late; one that is far off counts as twice or half the mean: something else ran.
+
+    Of the first `START` the least counts: memory is read for the first time then.
+    """
 
     value: float = 0.0
     count: int = 0
 
     def add(self, value: float) -> None:
-        if self.count > 2:
-            value = min(max(value, self.value / 2), self.value * 2)
         self.count += 1
-        self.value += max(1 / self.count, RECENT) * (value - self.value)
+        if self.count <= START:
+            self.value = min(value, self.value) if self.count > 1 else value
+            return
+        value = min(max(value, self.value / 2), self.value * 2)
+        self.value += (SOONER if value < self.value else RECENT) * (value - self.value)
 
 
 @dataclass
@@ -55,7 +64,7 @@ class Reading:
     """Seconds of a call that reads n tokens: those of one token, and a share of them for each more."""
 
     one: Mean = field(default_factory=Mean)
-    more: Mean = field(default_factory=lambda: Mean(SLOPE, 1))
+    more: Mean = field(default_factory=lambda: Mean(SLOPE, START))
     calls: int = 0
 
     def add(self, tokens: int, seconds: float) -> None:
@@ -87,6 +96,7 @@ class Policy:
     lost: float = 0.0
     idle: int = 0
     patience: int = PATIENCE[0]
+    tries: int = 0
 
     def rate(self, kind: Hashable) -> float:
         return float(self.rates.setdefault(kind, Rate()))
@@ -97,7 +107,7 @@ class Policy:
 
     def pays(self, drafted: int, expected: float, chance: float) -> bool:
         """Whether to draft one more after `drafted`, of which `expected` will be accepted, this one with `chance`."""
-        if not drafted and self.idle >= self.patience:
+        if not drafted and (self.tries or self.idle >= self.patience):
             return True
         now = (1 + expected) / self._takes(drafted)
         return (1 + expected + chance) / self._takes(drafted + 1) > now
@@ -114,4 +124,14 @@ class Policy:
         if read > 1 or drafting:
             gained = made * self.reading(1) - spent
             self.lost = max(self.lost - gained, -ALLOWED * self.total)
-            self.idle, self.patience = 0, PATIENCE[0] if gained > 0 else min(2 * self.patience, PATIENCE[1])
+            self._tried(gained > 0)
+
+    def _tried(self, gained: bool) -> None:
+        """Drafts were read; while it is tried whether they pay, that is known after some calls."""
+        if self.idle > self.patience:
+            self.tries = TRIED
+        self.idle, self.tries = 0, max(0, self.tries - 1)
+        if gained:
+            self.patience = PATIENCE[0]
+        elif not self.tries:
+            self.patience = min(2 * self.patience, PATIENCE[1])

@@ -17,9 +17,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from sylvester.compiler.session import Logits
+
     Ids = NDArray[np.int64]
     Uniform = Callable[[int], NDArray[np.float64]]
 
+LONG = 3
+"""Tokens of a context that is trusted more than a model."""
 FIRST = "first"
 """Kind of a first token that a model has yet to draft."""
 SURE = (0.3, 0.6, 0.8, 0.95)
@@ -56,26 +60,27 @@ class Drafter(Protocol):
         """
         ...
 
-    def learn(self, session: Session, start: int, kept: int, expected: Ids) -> None:
-        """The session read tokens from `start` on, `kept` of them stay; the model expects `expected` [batch, n] after
-        the first n of them.
-        """
+    def learn(self, session: Session, start: int, kept: int, logits: Logits) -> None:
+        """The session read tokens from `start` on, and keeps `kept`; logits [batch, n, :] came after the first n."""
         ...
 
 
 class NGramDrafter:
-    """Each row by the n-grams that all rows have in common."""
+    """Each row by what followed its last tokens, `least` of them or more."""
 
-    def __init__(self, table: NGrams, policy: Policy) -> None:
-        self.table, self.policy = table, policy
+    def __init__(self, table: NGrams, policy: Policy, least: int = 1) -> None:
+        self.table, self.policy, self.least = table, policy, least
 
     def propose(self, session: Session, last: Ids, most: int, sampling: Sampling, uniform: Uniform) -> Draft:
         import numpy as np
 
         draft = Draft()
+        best = max(range(self.least, LONGEST + 1), key=self.policy.rate)
+        if not draft.worth(self.policy, best):
+            return draft
         rows = [[*row, int(t)] for row, t in zip(session.tokens[:, 1 - LONGEST :].tolist(), last, strict=True)]
         while len(draft.tokens) < most:
-            found = [self.table.next(row) for row in rows]
+            found = [self.table.next(row, self.least) for row in rows]
             if None in found:
                 break
             tokens = [token for token, _ in found]  # type: ignore[misc]
@@ -87,9 +92,10 @@ class NGramDrafter:
                 row.append(token)
         return draft
 
-    def learn(self, session: Session, start: int, kept: int, expected: Ids) -> None:
+    def learn(self, session: Session, start: int, kept: int, logits: Logits) -> None:
         first = max(0, start - LONGEST)
-        for row, after in zip(session.tokens[:, first:].tolist(), expected.tolist(), strict=True):
+        expected: list[list[int]] = logits.argmax(-1).tolist()
+        for row, after in zip(session.tokens[:, first:].tolist(), expected, strict=True):
             self.table.read(row[: start - first + kept], start - first)
             for token, following in zip(row[start - first :], after, strict=False):
                 self.table.guess(token, following)
@@ -119,7 +125,7 @@ class ModelDrafter:
             self.policy.drafting.add(draft.seconds / len(draft.tokens))
         return draft
 
-    def learn(self, session: Session, start: int, kept: int, expected: Ids) -> None:
+    def learn(self, session: Session, start: int, kept: int, logits: Logits) -> None:
         return None
 
 
@@ -131,12 +137,10 @@ class Either:
 
     def propose(self, session: Session, last: Ids, most: int, sampling: Sampling, uniform: Uniform) -> Draft:
         found = self.table.propose(session, last, most, sampling, uniform)
-        if found.kinds and isinstance(found.kinds[0], int) and found.kinds[0] > 2:
-            return found
-        return self.model.propose(session, last, most, sampling, uniform)
+        return found if found.tokens else self.model.propose(session, last, most, sampling, uniform)
 
-    def learn(self, session: Session, start: int, kept: int, expected: Ids) -> None:
-        self.table.learn(session, start, kept, expected)
+    def learn(self, session: Session, start: int, kept: int, logits: Logits) -> None:
+        self.table.learn(session, start, kept, logits)
 
 
 class Drafters:
@@ -159,11 +163,10 @@ class Drafters:
 
     def _make(self, spec: DraftSpec) -> Drafter:
         policy = Policy()
-        table = NGramDrafter(self._table, policy)
         if not spec.entry:
-            return table
+            return NGramDrafter(self._table, policy)
         model = ModelDrafter(spec.entry, policy)
-        return Either(table, model) if spec.ngram else model
+        return Either(NGramDrafter(self._table, policy, LONG), model) if spec.ngram else model
 
 
 @dataclass

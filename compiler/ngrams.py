@@ -32,9 +32,9 @@ class NGrams:
         """The model expects `following` after the token, whatever came before."""
         self._put((token,), following)
 
-    def next(self, tokens: Sequence[int]) -> tuple[int, int] | None:
-        """What may follow, and the length of the context that says so."""
-        for length in range(min(LONGEST, len(tokens)), 0, -1):
+    def next(self, tokens: Sequence[int], least: int = 1) -> tuple[int, int] | None:
+        """What may follow, and the length of the context that says so, which is `least` or more."""
+        for length in range(min(LONGEST, len(tokens)), least - 1, -1):
             context = tuple(tokens[-length:])
             found = self._young.get(context)
             if found is None:

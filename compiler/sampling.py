@@ -50,7 +50,8 @@ class Sampling:
     def pick(self, logits: Scores, tokens: Ids, uniform: Chances) -> Ids:
         """One token id per row of logits [batch, vocabulary] that follow `tokens` [batch, n].
 
-        `uniform` [batch], numbers in [0, 1), say where in the cumulated probabilities each choice falls.
+        The numbers `uniform` [batch], each in [0, 1), decide: with equal ones, scores that differ little mostly give
+        the same token.
         """
         import numpy as np
 
@@ -85,9 +86,12 @@ class Sampling:
         return scores
 
     def _drawn(self, scores: Scores, uniform: float) -> int:
+        """The first to arrive of tokens that come at random times, each at the rate of its chance."""
+        import numpy as np
+
         ids, weights = self._kept(scores)
-        cumulated = weights.cumsum()
-        return int(ids[cumulated.searchsorted(uniform * cumulated[-1], side="right")])
+        with np.errstate(divide="ignore"):
+            return int(ids[(_waits(ids, uniform) / weights).argmin()])
 
     def _kept(self, scores: Scores) -> tuple[Ids, Chances]:
         """The ids that may be drawn from a row of scores [vocabulary], and numbers in the ratio of their chances."""
@@ -100,6 +104,20 @@ class Sampling:
             return ids, weights
         nucleus = _nucleus(weights, self.top_p)
         return ids[nucleus], weights[nucleus]
+
+
+def _waits(ids: Ids, uniform: float) -> Chances:
+    """A number > 0 for each id, as if drawn from the exponential distribution; equal `uniform` gives equal numbers.
+
+    The bits are those of SplitMix64 (Steele et al., 2014), seeded with the bits of `uniform`.
+    """
+    import numpy as np
+
+    z = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.float64(uniform).view(np.uint64)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    found: Chances = -np.log(((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-54)
+    return found
 
 
 def require(name: str, value: object, kind: type, fits: Callable[[Any], bool], expected: str) -> None:

@@ -41,7 +41,7 @@ class Speculation:
         logits = self.session.feed(tokens[:, self.session.position :])
         chosen = self._choose(logits, self.session.position)
         if self.drafter:
-            self.drafter.learn(self.session, 0, tokens.shape[1], tokens[:, :0])
+            self.drafter.learn(self.session, 0, tokens.shape[1], logits[:, None][:, :0])
         return chosen
 
     def next(self, last: Ids, most: int, finished: NDArray[np.bool_]) -> list[Ids]:
@@ -58,7 +58,7 @@ class Speculation:
                 break
             chosen.append(self._choose(logits[:, number + 1], start + number + 2))
         if self.drafter:
-            self.drafter.learn(self.session, start, len(chosen), logits.argmax(-1))
+            self.drafter.learn(self.session, start, len(chosen), logits)
         self.session.rewind(start + len(chosen))
         self._count(draft, len(chosen), seconds)
         return chosen

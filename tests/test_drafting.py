@@ -255,7 +255,7 @@ def test_ngrams_learn_kept_text_only():
         tokens = np.array([[5, 6, 7, 8]])
 
     drafter = NGramDrafter(NGrams(), Policy())
-    drafter.learn(Held, 1, 2, np.array([[6, 7, 1]]))
+    drafter.learn(Held, 1, 2, np.eye(9)[[[6, 7, 1]]])
     assert drafter.table.next([5, 6]) == (7, 2)
     assert drafter.table.next([6, 7]) == (7, 1)
     assert Sampling().temperature == 0

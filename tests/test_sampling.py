@@ -66,17 +66,34 @@ def test_probabilities_are_those_of_hugging_face(vocabulary, penalty, temperatur
     np.testing.assert_allclose(found[rows], expected[rows], atol=1e-6)
 
 
-def test_each_draw_is_where_its_number_falls():
-    logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]] * 5))
+def test_draws_come_as_often_as_their_chances():
+    chances = np.array([0.5, 0.3, 0.15, 0.05])
+    uniform = np.random.default_rng(0).random(20000)
+    logits = np.broadcast_to(np.log(chances), (len(uniform), 4))
 
-    found = Sampling(1.0).pick(logits, NONE, np.array([0.0, 0.49, 0.51, 0.81, 1 - 2**-53]))
+    found = np.bincount(Sampling(1.0).pick(logits, np.zeros((len(uniform), 0), np.int64), uniform), minlength=4)
 
-    assert found.tolist() == [0, 0, 1, 2, 3]
+    assert (
+        (found - chances * len(uniform)) ** 2 / (chances * len(uniform))
+    ).sum() < 16.3  # chi-square, 3 degrees, 0.1 %
+
+
+def test_equal_numbers_draw_alike_from_scores_that_are_alike():
+    """As often as the distributions overlap, or nearly: maximal coupling would give 1 - half of |p - q| summed."""
+    random = np.random.default_rng(0)
+    logits = 2 * random.normal(size=(2000, 500))
+    other = logits + 0.1 * random.normal(size=logits.shape)
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (logits, other))
+    uniform, none = random.random(2000), np.zeros((2000, 0), np.int64)
+
+    same = (Sampling(1.0).pick(logits, none, uniform) == Sampling(1.0).pick(other, none, uniform)).mean()
+
+    assert same > 1 - 1.5 * (np.abs(p - q).sum(-1) / 2).mean() * 4 / 3
 
 
 def test_what_is_left_out_is_never_drawn():
     logits = np.array([[-np.inf, 1.0, -np.inf, 0.0, -np.inf]], np.float32)
-    ends = np.array([0.0]), np.array([1 - 2**-53])
+    numbers = [np.array([n]) for n in (0.0, *np.random.default_rng(0).random(40), 1 - 2**-53)]
 
     for sampling in (Sampling(1.0), Sampling(1.0, top_k=4), Sampling(1.0, top_p=1.0)):
-        assert {int(sampling.pick(logits, NONE, u)[0]) for u in ends} == {1, 3}
+        assert {int(sampling.pick(logits, NONE, u)[0]) for u in numbers} == {1, 3}
