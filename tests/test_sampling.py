@@ -67,6 +67,7 @@ def test_probabilities_are_those_of_hugging_face(vocabulary, penalty, temperatur
 
 
 def test_draws_come_as_often_as_their_chances():
+    """Chi-square of 3 degrees of freedom, 0.1 %."""
     chances = np.array([0.5, 0.3, 0.15, 0.05])
     uniform = np.random.default_rng(0).random(20000)
     logits = np.broadcast_to(np.log(chances), (len(uniform), 4))
@@ -75,7 +76,7 @@ def test_draws_come_as_often_as_their_chances():
 
     assert (
         (found - chances * len(uniform)) ** 2 / (chances * len(uniform))
-    ).sum() < 16.3  # chi-square, 3 degrees, 0.1 %
+    ).sum() < 16.3
 
 
 def test_equal_numbers_draw_alike_from_scores_that_are_alike():
