@@ -61,10 +61,6 @@ class Student:
         self.main = Function.of(program.main, self.names, self._asked(program.main, tail), device)
         self.own = {key: program.weights[key].to(device) for key in self.weights}
 
-    def _scored(self, name: str) -> list[str]:
-        """What an entry of generation is run for, besides the caches."""
-        return [] if name == PREFILL else self.names
-
     def _asked(self, entry: Entry, tail: bool) -> fx.Node | None:
         return self._tail(entry) if tail else None
 
