@@ -26,6 +26,7 @@ from sylvester.compiler.runner import State, entry_of
 Array = NDArray[np.generic]
 OUT_OF_RANGE = 1
 ZERO_DIVISOR = 3
+NO_TREE = 4
 NO_MEMORY = -1
 KEPT_CALLS = 64
 
@@ -227,6 +228,11 @@ def _error(code: int, value: int, spec: EntrySpec, arrays: Sequence[Array]) -> C
         return _out_of_range(value, [s for s, a in zip(spec.inputs, arrays, strict=True) if _holds(a, value)], spec)
     if code == ZERO_DIVISOR:
         return InputError("an integer was divided by zero", hint="look for zeros among the integer inputs")
+    if code == NO_TREE:
+        return InputError(
+            f"the depths of the tokens are no tree: found {value}",
+            hint="give at most 16 tokens in preorder: 0 first, then at most one more than the depth before",
+        )
     if code == NO_MEMORY:
         return CompileError("out of memory for the scratch space of the threads", hint="use a smaller batch or length")
     return CompileError(f"the compiled code failed with code {code} and value {value}")

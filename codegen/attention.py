@@ -76,12 +76,16 @@ def attention(
             found = f"{head_dim} and {value_dim} features, {products} products"
             raise ValueError(f"attention over records takes keys and values alike and float32 products, got {found}")
         values["BITS"] = RECORDS[cache]
-        return text("_sizes", "_records", "_records_few", "_f32", "")
+        values |= {"SIZE": 1, "KEY_ROW": f"{name}_bytes", "VALUE_ROW": f"{name}_bytes"}
+        values |= {"KEYS": "u->values", "VALUES": f"keys + SV_ATT_KEYS * {name}_bytes"}
+        return text("_sizes", "_records", "_records_few", "_f32", "_tree", "")
     values["KV"] = C_TYPES[cache]
+    values |= {"SIZE": f"sizeof({values['KV']})", "KEY_ROW": head_dim, "VALUE_ROW": value_dim}
+    values |= {"KEYS": "u->keys", "VALUES": "(char *)u->values"}
     many = text("_pack", "_f32")
     if products == "bf16":
         many = f"#if SV_BF16_DOT\n{text('_bf16')}#else\n{many}#endif"
-    return "\n".join([text("_sizes", "_few"), many, text("")])
+    return "\n".join([text("_sizes", "_few"), many, text("_tree", "")])
 
 
 def records_header() -> str:

@@ -33,6 +33,7 @@ def attention(
     window: int,
     softcap: float = 0.0,
     *,
+    depths: Lazy | None = None,
     products: str = "f32",
     records: str = "",
 ) -> Lazy:
@@ -51,7 +52,7 @@ def attention(
         k, v = (_repeated(x, *fact.shape[:2]) for x in (k, v))
     views = [unit_last(lowering, x) for x in (q, k, v)]
     covering = None if mask is None else _mask_view(lowering, mask, (*q.shape[:3], k.shape[2]))
-    position = None if past is None else lowering.contiguous(past)
+    position, tree = (None if x is None else lowering.contiguous(x) for x in (past, depths))
     y, place = _token_major(lowering, fact)
     flops, traffic = attention_costs(q, k, v, past=past is not None, causal=causal)
     outer = [s for view in ((place, *views)) for s in view.strides[:3]]
@@ -79,10 +80,11 @@ def attention(
                 index(int(causal)),
                 index(window),
                 f"{float(softcap)!r}f",
+                None if tree is None else Pointer(tree.name, index(0), "i64"),
             ),
             writes=(y.name, *([part.name] if part else [])),
             reads=tuple(w.buffer for w in (*views, *([covering] if covering else [])))
-            + ((position.name,) if position else ()),
+            + tuple(b.name for b in (position, tree) if b),
             work=product(q.shape[:3]) * k.shape[2] * head_dim * 2,
             scratch=(f"{name}_scratch", ()),
             flops=flops,
@@ -101,15 +103,15 @@ def attention(
 
 
 @lowers(dialect.attention_bf16.default, bf16=True)
-def attention_bf16(lowering: Lowering, fact: Fact, *operands: Any) -> Lazy:
+def attention_bf16(lowering: Lowering, fact: Fact, *operands: Any, **optional: Any) -> Lazy:
     """Products of bfloat16 pairs where the instruction set has them; tuned as the float32 one, which has its tiles."""
-    return attention(lowering, fact, *operands, products="bf16")
+    return attention(lowering, fact, *operands, **optional, products="bf16")
 
 
 @lowers(dialect.attention_q.default)
-def attention_q(lowering: Lowering, fact: Fact, *operands: Any) -> Lazy:
+def attention_q(lowering: Lowering, fact: Fact, *operands: Any, **optional: Any) -> Lazy:
     *shared, bits = operands
-    return attention(lowering, fact, *shared, records=f"q{bits}")
+    return attention(lowering, fact, *shared, **optional, records=f"q{bits}")
 
 
 def _part(lowering: Lowering, rows: Index, value_dim: int) -> Buffer | None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sylvester.compiler import hadamard as matrices
+from sylvester.compiler.token_tree import tree_positions, tree_visible
 
 NAMESPACE = "sylvester"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -181,16 +182,21 @@ def attention_weights(
     causal: bool,
     window: int,
     softcap: float = 0.0,
+    depths: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T * scale + mask) [batch, heads, queries, keys] with as many heads in k; as in `attention`."""
     scores = q @ k.transpose(-2, -1) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    if causal or window:
-        seen = visible(q.shape[2], k.shape[2], 0 if past is None else past, causal, window, q.device)
+    start = 0 if past is None else past
+    if depths is not None:
+        scores = scores.masked_fill(~tree_visible(k.shape[2], start, depths, window), -math.inf)
+    elif causal or window:
+        seen = visible(q.shape[2], k.shape[2], start, causal, window, q.device)
         scores = scores.masked_fill(~seen, -math.inf)
     if mask is not None:
         mask = mask if past is None else mask[..., : k.shape[2]]
+        mask = mask if depths is None else mask.index_select(-1, tree_positions(k.shape[2], start, depths))
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     return torch.softmax(scores, -1).nan_to_num(0.0)
 
@@ -220,6 +226,8 @@ def attention(
     causal: bool,
     window: int,
     softcap: float = 0.0,
+    *,
+    depths: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T * scale + mask) v over q [batch, heads, queries, d], k and v [batch, kv heads, keys, d].
 
@@ -227,9 +235,11 @@ def attention(
     `window` > 0 keeps the last `window` keys up to the query. With `past` (0-d integer), k and v are caches: query i
     stands at position past + i, and keys after it are not read; the mask may be of more keys. A row that sees no key
     is 0. k and v may be bfloat16. `softcap` c > 0 makes scores s, before the mask, c tanh(s / c) (Gemma 2, 2024).
+    `depths` (int64 [queries], with `past`) makes the queries a tree of tokens in preorder, of which each sees the keys
+    before `past`, its ancestors and itself; it stands at past + its depth.
     """
     k, v = (repeated_heads(t.to(q.dtype), q) for t in (k, v))
-    return attention_weights(q, k, mask, past, scale, causal, window, softcap) @ v
+    return attention_weights(q, k, mask, past, scale, causal, window, softcap, depths) @ v
 
 
 @op(cost=elementwise_cost, examples=(((2, 3, 8), (2, 3, 8)),))

@@ -226,6 +226,8 @@ def attention_bf16(
     causal: bool,
     window: int,
     softcap: float = 0.0,
+    *,
+    depths: Tensor | None = None,
 ) -> Tensor:
     """`attention` with q, k, v and the softmax rounded to bfloat16 where they are multiplied; all sums are float32.
 
@@ -234,7 +236,7 @@ def attention_bf16(
     """
     rounded = [t.to(BF16).to(q.dtype) for t in (q, k, v)]
     q, k, v = rounded[0], *(repeated_heads(t, q) for t in rounded[1:])
-    weights = attention_weights(q, k, mask, past, scale, causal, window, softcap)
+    weights = attention_weights(q, k, mask, past, scale, causal, window, softcap, depths)
     return weights.to(BF16).to(q.dtype) @ v
 
 

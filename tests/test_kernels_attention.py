@@ -54,7 +54,7 @@ class Args(ctypes.Structure):
         + [(f"{name}_stride", ctypes.c_int64 * 3) for name in "yqkv"]
         + [("mask_stride", ctypes.c_int64 * 4), ("scale", ctypes.c_float), ("causal", ctypes.c_int)]
         + [("offset", ctypes.c_int64), ("window", ctypes.c_int64), ("steady", ctypes.c_int)]
-        + [("softcap", ctypes.c_float)]
+        + [("softcap", ctypes.c_float), ("depths", ctypes.c_void_p)]
     )
 
 

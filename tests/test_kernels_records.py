@@ -35,7 +35,7 @@ def instance_text(d: int, mask: str, bits: int) -> str:
     name = name_of(d, mask, bits)
     given = ", ".join([*(f"p[{n}]" for n in range(7)), *(f"i[{n}]" for n in range(22))])
     made = attention(f"a{name}", d, d, mask, cache=f"q{bits}") + render("attention_call.c.in", NAME=f"a{name}")
-    call = f"a{name}_call(t, {given}, sv_float((uint32_t)i[22]), i[23], i[24], sv_float((uint32_t)i[25]));"
+    call = f"a{name}_call(t, {given}, sv_float((uint32_t)i[22]), i[23], i[24], sv_float((uint32_t)i[25]), NULL);"
     return made + export(name, call, f"a{name}_scratch")
 
 
