@@ -9,6 +9,8 @@ FADING = 0.95
 """What a round counts beside the one after it, in rates of acceptance (as DEL has it)."""
 PRIOR = (2.0, 1.0)
 """Drafts accepted and rejected before the first one."""
+SIBLING = (0.3, 2.7)
+"""The same of a draft beside a likelier one."""
 RECENT, SOONER = 0.05, 0.25
 """What the last call counts among those before it, in times, and where it was faster: other work only slows down."""
 START = 4
@@ -29,15 +31,17 @@ ALLOWED, ADVANCE = 0.01, 4.0
 class Rate:
     """Part of the drafts of a kind that are accepted."""
 
-    accepted: float = PRIOR[0]
-    rejected: float = PRIOR[1]
+    prior: tuple[float, float] = PRIOR
+
+    def __post_init__(self) -> None:
+        self.accepted, self.rejected = self.prior
 
     def __float__(self) -> float:
         return self.accepted / (self.accepted + self.rejected)
 
     def add(self, accepted: bool) -> None:
-        self.accepted = FADING * (self.accepted - PRIOR[0]) + PRIOR[0] + accepted
-        self.rejected = FADING * (self.rejected - PRIOR[1]) + PRIOR[1] + (not accepted)
+        self.accepted = FADING * (self.accepted - self.prior[0]) + self.prior[0] + accepted
+        self.rejected = FADING * (self.rejected - self.prior[1]) + self.prior[1] + (not accepted)
 
 
 @dataclass
@@ -99,7 +103,13 @@ class Policy:
     tries: int = 0
 
     def rate(self, kind: Hashable) -> float:
-        return float(self.rates.setdefault(kind, Rate()))
+        return float(self.rate_of(kind))
+
+    def rate_of(self, kind: Hashable) -> Rate:
+        """Kinds that are tuples are siblings."""
+        if kind not in self.rates:
+            self.rates[kind] = Rate(SIBLING if isinstance(kind, tuple) else PRIOR)
+        return self.rates[kind]
 
     def allowed(self) -> bool:
         """Whether to draft now: not while it has lost too much, nor when a single token is to be timed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sylvester.compiler.acceptance import Policy
 from sylvester.compiler.manifest import DraftSpec
-from sylvester.compiler.ngrams import LONGEST, NGrams
+from sylvester.compiler.ngrams import LONGEST, WIDTH, NGrams
+from sylvester.compiler.proposal import Draft
 from sylvester.compiler.sampling import Sampling
 from sylvester.compiler.session import Session
 
@@ -28,26 +30,8 @@ FIRST = "first"
 """Kind of a first token that a model has yet to draft."""
 SURE = (0.3, 0.6, 0.8, 0.95)
 """Probabilities between kinds of drafts."""
-
-
-class Draft:
-    """Tokens [batch, n] and the kind of each, for rates of acceptance; `seconds` that a model took for them."""
-
-    def __init__(self) -> None:
-        self.tokens: list[Ids] = []
-        self.kinds: list[object] = []
-        self.seconds = 0.0
-        self.expected, self.reach = 0.0, 1.0
-
-    def worth(self, policy: Policy, kind: object) -> bool:
-        """Whether one more token of this kind pays."""
-        return policy.pays(len(self.tokens), self.expected, self.reach * policy.rate(kind))
-
-    def add(self, policy: Policy, tokens: Ids, kind: object) -> None:
-        self.tokens.append(tokens)
-        self.kinds.append(kind)
-        self.reach *= policy.rate(kind)
-        self.expected += self.reach
+RARE = (0.02, 0.05, 0.1, 0.2)
+"""Probabilities between kinds of siblings."""
 
 
 class Drafter(Protocol):
@@ -66,10 +50,10 @@ class Drafter(Protocol):
 
 
 class NGramDrafter:
-    """Each row by what followed its last tokens, `least` of them or more."""
+    """Each row by what followed its last tokens, `least` of them or more; with `tree`, a single row by several."""
 
-    def __init__(self, table: NGrams, policy: Policy, least: int = 1) -> None:
-        self.table, self.policy, self.least = table, policy, least
+    def __init__(self, table: NGrams, policy: Policy, least: int = 1, tree: bool = False) -> None:
+        self.table, self.policy, self.least, self.tree = table, policy, least, tree
 
     def propose(self, session: Session, last: Ids, most: int, sampling: Sampling, uniform: Uniform) -> Draft:
         import numpy as np
@@ -79,6 +63,9 @@ class NGramDrafter:
         if not draft.worth(self.policy, best):
             return draft
         rows = [[*row, int(t)] for row, t in zip(session.tokens[:, 1 - LONGEST :].tolist(), last, strict=True)]
+        if self.tree and len(rows) == 1:
+            self._grow(draft, tuple(rows[0]), most)
+            return draft
         while len(draft.tokens) < most:
             found = [self.table.next(row, self.least) for row in rows]
             if None in found:
@@ -92,6 +79,24 @@ class NGramDrafter:
                 row.append(token)
         return draft
 
+    def _grow(self, draft: Draft, context: tuple[int, ...], most: int) -> None:
+        """The likeliest first, as long as they pay."""
+        import numpy as np
+
+        heap: list[tuple[float, int, int, int, object, tuple[int, ...]]] = []
+        node = 0
+        while True:
+            for token, length, rank in self.table.options(context, self.least):
+                kind = (length, rank) if rank else length
+                chance = draft.reach[node] * self.policy.rate(kind)
+                heapq.heappush(heap, (-chance, node, rank, token, kind, context))
+            if not heap or len(draft.tokens) >= most:
+                return
+            _, node, _, token, kind, before = heapq.heappop(heap)
+            if not draft.worth(self.policy, kind, node):
+                return
+            node, context = draft.add(self.policy, np.array([token]), kind, node), (*before, token)[-LONGEST:]
+
     def learn(self, session: Session, start: int, kept: int, logits: Logits) -> None:
         first = max(0, start - LONGEST)
         expected: list[list[int]] = logits.argmax(-1).tolist()
@@ -102,10 +107,13 @@ class NGramDrafter:
 
 
 class ModelDrafter:
-    """A cheaper entry, which reads the caches of the model and writes what it drafts behind them."""
+    """A cheaper entry, which reads the caches of the model and writes what it drafts behind them.
 
-    def __init__(self, entry: str, policy: Policy) -> None:
-        self.entry, self.policy = entry, policy
+    With `tree`, what it would draft else is proposed beside it, of a single row.
+    """
+
+    def __init__(self, entry: str, policy: Policy, tree: bool = False) -> None:
+        self.entry, self.policy, self.tree = entry, policy, tree
 
     def propose(self, session: Session, last: Ids, most: int, sampling: Sampling, uniform: Uniform) -> Draft:
         import numpy as np
@@ -113,16 +121,27 @@ class ModelDrafter:
         draft, tokens, start = Draft(), last, time.perf_counter()
         context = session.tokens if sampling.repetition_penalty != 1 else session.tokens[:, :0]
         likely: object = FIRST
+        others: list[tuple[float, int, int, object]] = []
         while len(draft.tokens) < most and draft.worth(self.policy, likely):
             made = len(draft.tokens)
             logits = session.ahead(self.entry, tokens[:, None], made)
             context = np.concatenate([context, tokens[:, None]], 1) if context.shape[1] else context
-            tokens = sampling.pick(logits, context, uniform(made))
-            likely = _kind(logits, tokens)
+            ranked = sampling.ranked(logits, context, uniform(made), WIDTH if self.tree and len(last) == 1 else 1)
+            tokens = ranked[:, 0]
+            shares = _shares(logits, ranked)
+            likely = f"model {int(np.searchsorted(SURE, shares[:, 0].min()))}"
             draft.add(self.policy, tokens, likely)
+            for token, share in zip(ranked[0, 1:].tolist(), shares[0, 1:].tolist(), strict=True):
+                kind = ("model", int(np.searchsorted(RARE, share)))
+                others.append((-draft.reach[made] * self.policy.rate(kind), made, token, kind))
+        steps = len(draft.tokens)
+        for _, parent, token, kind in sorted(others, key=lambda other: other[0]):
+            if len(draft.tokens) == most or not draft.worth(self.policy, kind, parent):
+                break
+            draft.add(self.policy, np.array([token]), kind, parent)
         if draft.tokens:
             draft.seconds = time.perf_counter() - start
-            self.policy.drafting.add(draft.seconds / len(draft.tokens))
+            self.policy.drafting.add(draft.seconds / steps)
         return draft
 
     def learn(self, session: Session, start: int, kept: int, logits: Logits) -> None:
@@ -154,19 +173,21 @@ class Drafters:
 
     def find(self, wanted: bool | str | None, greedy: bool = True) -> Drafter | None:
         """None: as compiled; False: none; "ngram": n-grams, whatever was compiled. Greedy calls have own rates."""
-        spec = DraftSpec(ngram=True) if wanted == "ngram" else DraftSpec() if wanted is False else self.spec
-        if spec == DraftSpec():
+        spec = self.spec
+        if wanted is not None and wanted is not True:
+            spec = DraftSpec(ngram=wanted == "ngram", tree=spec.tree)
+        if not spec.entry and not spec.ngram:
             return None
         if (spec, greedy) not in self._made:
             self._made[spec, greedy] = self._make(spec)
         return self._made[spec, greedy]
 
     def _make(self, spec: DraftSpec) -> Drafter:
-        policy = Policy()
+        policy, tree = Policy(), bool(spec.tree)
         if not spec.entry:
-            return NGramDrafter(self._table, policy)
-        model = ModelDrafter(spec.entry, policy)
-        return Either(NGramDrafter(self._table, policy, LONG), model) if spec.ngram else model
+            return NGramDrafter(self._table, policy, tree=tree)
+        model = ModelDrafter(spec.entry, policy, tree)
+        return Either(NGramDrafter(self._table, policy, LONG, tree), model) if spec.ngram else model
 
 
 @dataclass
@@ -187,10 +208,11 @@ class Drafting:
         )
 
 
-def _kind(logits: NDArray[Any], tokens: Ids) -> str:
-    """How sure the least sure row is."""
+def _shares(logits: NDArray[Any], tokens: Ids) -> NDArray[np.floating[Any]]:
+    """Probabilities [batch, n] of tokens [batch, n], of which the first of a row is among its likeliest."""
     import numpy as np
 
-    found = logits[np.arange(len(tokens)), tokens]
-    share = 1 / np.exp(np.minimum(logits - found[:, None], 80)).sum(-1)
-    return f"model {int(np.searchsorted(SURE, share.min()))}"
+    found = np.take_along_axis(logits, tokens, -1)
+    total = np.exp(np.minimum(logits - found[:, :1], 80)).sum(-1, keepdims=True)
+    shares: NDArray[np.floating[Any]] = np.exp(found - found[:, :1]) / total
+    return shares

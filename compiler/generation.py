@@ -104,7 +104,7 @@ def steps(
     ]
     speculation = Speculation(
         session, options.sampling, lambda: np.array([draw.random() for draw in draws]), drafter,
-        drafters.tally if drafters else Drafting(),
+        drafters.tally if drafters else Drafting(), drafters.spec.tree if drafters else "",
     )  # fmt: skip
     return _steps(speculation, pool, prompt, count, options.stop_ids(runner.manifest))
 

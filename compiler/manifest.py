@@ -96,10 +96,14 @@ class OutputSpec:
 
 @dataclass(frozen=True)
 class DraftSpec:
-    """What proposes tokens: an entry over the same caches, "" for none, and n-grams of what was read."""
+    """What proposes tokens: an entry over the same caches, "" for none, and n-grams of what was read.
+
+    `tree` is the entry that reads several continuations together, "" for none.
+    """
 
     entry: str = ""
     ngram: bool = False
+    tree: str = ""
 
 
 @dataclass(frozen=True)

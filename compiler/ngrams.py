@@ -10,17 +10,22 @@ from collections.abc import Sequence
 
 LONGEST = 4
 """Tokens of the longest context."""
+WIDTH = 3
+"""Tokens that are kept after a context, those seen last first."""
 MOST = 200_000
 """Contexts that are kept before older ones go."""
 
 
+Followers = tuple[int, ...]
+
+
 class NGrams:
-    """context -> the token that followed it last."""
+    """context -> the tokens that followed it, the last one first."""
 
     def __init__(self, most: int = MOST) -> None:
         self.most = most
-        self._young: dict[tuple[int, ...], int] = {}
-        self._old: dict[tuple[int, ...], int] = {}
+        self._young: dict[tuple[int, ...], Followers] = {}
+        self._old: dict[tuple[int, ...], Followers] = {}
 
     def read(self, tokens: Sequence[int], start: int = 1) -> None:
         """Learn what follows what, for the tokens from `start` on."""
@@ -35,15 +40,33 @@ class NGrams:
     def next(self, tokens: Sequence[int], least: int = 1) -> tuple[int, int] | None:
         """What may follow, and the length of the context that says so, which is `least` or more."""
         for length in range(min(LONGEST, len(tokens)), least - 1, -1):
-            context = tuple(tokens[-length:])
-            found = self._young.get(context)
-            if found is None:
-                found = self._old.get(context)
-            if found is not None:
-                return found, length
+            found = self._find(tuple(tokens[-length:]))
+            if found:
+                return found[0], length
         return None
 
+    def options(self, tokens: Sequence[int], least: int = 1) -> list[tuple[int, int, int]]:
+        """`WIDTH` tokens at most that may follow: (token, length of its context, how many came after it since).
+
+        Those of longer contexts come first.
+        """
+        made: list[tuple[int, int, int]] = []
+        for length in range(min(LONGEST, len(tokens)), least - 1, -1):
+            known = {token for token, *_ in made}
+            found = enumerate(self._find(tuple(tokens[-length:])))
+            made += [(token, length, rank) for rank, token in found if token not in known]
+            if len(made) >= WIDTH:
+                break
+        return made[:WIDTH]
+
+    def _find(self, context: tuple[int, ...]) -> Followers:
+        return self._young.get(context) or self._old.get(context, ())
+
     def _put(self, context: tuple[int, ...], token: int) -> None:
+        found = self._find(context)
+        if found and found[0] == token:
+            self._young.setdefault(context, found)
+            return
         if len(self._young) >= self.most:
             self._old, self._young = self._young, {}
-        self._young[context] = token
+        self._young[context] = (token, *[t for t in found if t != token][: WIDTH - 1])

@@ -62,6 +62,27 @@ class Sampling:
             return best
         return np.array([self._drawn(row, number) for row, number in zip(scores, uniform, strict=True)], np.int64)
 
+    def ranked(self, logits: Scores, tokens: Ids, uniform: Chances, count: int) -> Ids:
+        """What `pick` gives and what it would give without it, and so on: [batch, count], or fewer if there are.
+
+        More than one of a single row only.
+        """
+        import numpy as np
+
+        best = self.pick(logits, tokens, uniform)
+        if count == 1:
+            return best[:, None]
+        scores = self._penalised(logits, tokens)[0]
+        ids = _best(scores, count)
+        order = -scores[ids]
+        if self.temperature:
+            ids, weights = self._kept(scores)
+            with np.errstate(divide="ignore"):
+                order = _waits(ids, uniform[0]) / weights
+        others = ids[order.argsort(kind="stable")[:count]]
+        found: Ids = np.concatenate([best, others[others != best[0]]])[None, :count]
+        return found
+
     def probabilities(self, logits: Scores, tokens: Ids) -> Chances:
         """What `pick` draws from [batch, vocabulary], rows sum to 1; greedy: all on the best."""
         import numpy as np

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sylvester.compiler.arrays import floats
@@ -9,7 +10,7 @@ from sylvester.compiler.binding import asked
 from sylvester.compiler.errors import InputError, Unsupported
 from sylvester.compiler.manifest import Generation, Manifest
 from sylvester.compiler.runner import Runner, State
-from sylvester.compiler.stages import DECODE, entry_at
+from sylvester.compiler.stages import DECODE, DEPTHS, entry_at
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,6 +71,28 @@ class Session:
         parts = [self._run(entry, part) for entry, part in self._calls(tokens, PREFILL)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
+    def branch(self, entry: str, tokens: Ids, depths: Sequence[int]) -> Logits:
+        """Read a tree of tokens [batch, n] in preorder after those held; logits [batch, n, vocabulary] after each.
+
+        `depths` [n] count from 0, where those held end.
+        """
+        import numpy as np
+
+        self._require_room(tokens)
+        return self._run(entry, tokens, {DEPTHS: np.array(depths, np.int64)})
+
+    def keep(self, start: int, path: Sequence[int]) -> None:
+        """Of the tokens from `start` on, those numbered in the path come first, in its order; the others come after.
+
+        The caches hold the tokens of the path only.
+        """
+        others = [n for n in range(self.position - start) if n not in path]
+        self._tokens[:, start : self.position] = self._tokens[:, [start + n for n in (*path, *others)]]
+        first = next(n for n, token in enumerate(path) if n != token)
+        rows = [start + n for n in path[first:]]
+        for array in self.state.arrays.values():
+            array[:, :, start + first : start + len(path)] = array[:, :, rows]
+
     def ahead(self, entry: str, tokens: Ids, distance: int) -> Logits:
         """Logits [batch, vocabulary] of another entry for tokens [batch, n] `distance` positions after those held.
 
@@ -123,9 +146,9 @@ class Session:
         entry = self._entry(start)
         return next((n for n in range(1, most) if self._entry(start + n) != entry), most)
 
-    def _run(self, entry: str, tokens: Ids) -> Logits:
+    def _run(self, entry: str, tokens: Ids, others: Mapping[str, NDArray[Any]] | None = None) -> Logits:
         """Logits [batch, n or 1, vocabulary]."""
-        outputs = self.runner.run(entry, {self._ids: tokens}, self.state)
+        outputs = self.runner.run(entry, {self._ids: tokens, **(others or {})}, self.state)
         end = self.position + tokens.shape[1]
         self._tokens[:, self.position : end] = tokens
         self.state.position = end

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from sylvester.compiler.session import Logits
+
     Ids = NDArray[np.int64]
 
 QUERIES, ROWS = 16, 64
@@ -30,38 +32,66 @@ class Speculation:
 
     def __init__(
         self, session: Session, sampling: Sampling, uniform: Callable[[], NDArray[np.float64]], drafter: Drafter | None,
-        done: Drafting,
+        done: Drafting, tree: str = "",
     ) -> None:  # fmt: skip
         self.session, self.sampling, self.drafter, self.tally = session, sampling, drafter, done
+        self._tree = tree
         self._uniform = uniform
         self._drawn: list[NDArray[np.float64]] = []
 
     def first(self, tokens: Ids) -> Ids:
         """Read what the session does not hold of a prompt [batch, n]; the token [batch] after it."""
         logits = self.session.feed(tokens[:, self.session.position :])
-        chosen = self._choose(logits, self.session.position)
+        chosen = self._choose(logits, self.session.tokens)
         if self.drafter:
             self.drafter.learn(self.session, 0, tokens.shape[1], logits[:, None][:, :0])
         return chosen
 
     def next(self, last: Ids, most: int, finished: NDArray[np.bool_]) -> list[Ids]:
         """Read `last` [batch], chosen before; one to `most` new tokens [batch]. Rows `finished` are idle."""
-        import numpy as np
-
         draft = self._draft(last, most - 1)
         start, began = self.session.position, time.perf_counter()
-        logits = self.session.score(np.stack([last, *draft.tokens], 1))
+        order, logits = self._read(last, draft)
         seconds = time.perf_counter() - began
-        chosen = [self._choose(logits[:, 0], start + 1)]
-        for number, proposed in enumerate(draft.tokens):
-            if not ((chosen[-1] == proposed) | finished).all():
-                break
-            chosen.append(self._choose(logits[:, number + 1], start + number + 2))
+        path, chosen = self._walk(draft, order, logits, finished)
+        rows = [order.index(node) for node in path]
+        if rows != [*range(len(rows))]:
+            self.session.keep(start, rows)
+            logits = logits[:, [*rows, *(n for n in range(len(order)) if n not in rows)]]
         if self.drafter:
             self.drafter.learn(self.session, start, len(chosen), logits)
         self.session.rewind(start + len(chosen))
-        self._count(draft, len(chosen), seconds)
+        self._count(draft, path, seconds)
         return chosen
+
+    def _read(self, last: Ids, draft: Draft) -> tuple[list[int], Logits]:
+        """The nodes in the order in which they were read, and the logits after each."""
+        import numpy as np
+
+        order, depths = draft.preorder()
+        tokens = np.stack([last, *(draft.tokens[node - 1] for node in order[1:])], 1)
+        if depths == [*range(len(depths))]:
+            return order, self.session.score(tokens)
+        return order, self.session.branch(self._tree, tokens, depths)
+
+    def _walk(
+        self, draft: Draft, order: list[int], logits: Logits, finished: NDArray[np.bool_]
+    ) -> tuple[list[int], list[Ids]]:
+        """The nodes that the model agrees with, and what it chooses after each."""
+        import numpy as np
+
+        path: list[int] = [0]
+        held = self.session.tokens[:, : self.session.position - len(order) + 1]
+        chosen = [self._choose(logits[:, 0], held)]
+        while True:
+            children = (node for node, parent in enumerate(draft.parents, 1) if parent == path[-1])
+            agreed = (n for n in children if ((chosen[-1] == draft.tokens[n - 1]) | finished).all())
+            if (node := next(agreed, None)) is None:
+                return path, chosen
+            path.append(node)
+            if self.sampling.repetition_penalty != 1:
+                held = np.concatenate([held, chosen[-1][:, None]], 1)
+            chosen.append(self._choose(logits[:, order.index(node)], held))
 
     def _draft(self, last: Ids, most: int) -> Draft:
         room = self.session.limit - self.session.position - 1
@@ -76,20 +106,22 @@ class Speculation:
             self._drawn.append(self._uniform())
         return self._drawn[place]
 
-    def _choose(self, logits: NDArray[np.floating[Any]], position: int) -> Ids:
+    def _choose(self, logits: NDArray[np.floating[Any]], tokens: Ids) -> Ids:
         uniform = self._drawn.pop(0) if self._drawn else self._uniform()
-        return self.sampling.pick(logits, self.session.tokens[:, :position], uniform)
+        return self.sampling.pick(logits, tokens, uniform)
 
-    def _count(self, draft: Draft, made: int, seconds: float) -> None:
+    def _count(self, draft: Draft, path: list[int], seconds: float) -> None:
         if self.drafter is None:
             return
+        made = len(path)
         self.tally.rounds += 1
         self.tally.made += made
         self.tally.drafted += len(draft.tokens)
         self.tally.accepted += made - 1
         policy = self.drafter.policy
-        for number, kind in enumerate(draft.kinds[:made]):
-            policy.rates[kind].add(number < made - 1)
+        for node, (parent, kind) in enumerate(zip(draft.parents, draft.kinds, strict=True), 1):
+            if parent in path:
+                policy.rate_of(kind).add(node in path)
         if draft.seconds:
-            policy.rates[FIRST].add(made > 1)
+            policy.rate_of(FIRST).add(made > 1)
         policy.settle(len(draft.tokens) + 1, made, seconds, draft.seconds)

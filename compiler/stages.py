@@ -10,7 +10,9 @@ DECODE = "decode"
 KEY = "stages"
 """Key of `Program.info`; absent: every step is `decode`."""
 DRAFT = "draft"
-"""Key of `Program.info`: the entry that drafts, "" for none, and whether n-grams draft."""
+"""Key of `Program.info`: the entries that draft and that read a tree, "" for none, and whether n-grams draft."""
+TREE, DEPTHS = "tree", "depths"
+"""The entry that reads a tree of tokens in preorder, and its input, int64 [length]: how deep each is."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from sylvester.compiler.errors import CompileError, Unsupported
 from sylvester.compiler.ledger import Ledger
 from sylvester.compiler.pipeline import Contract, Pass, Pipeline
 from sylvester.compiler.program import Binding, Entry, Output, Program, binding
-from sylvester.compiler.stages import DRAFT
+from sylvester.compiler.stages import DRAFT, TREE
 from sylvester.compiler.steady import unsteady
+from sylvester.passes.draft_tree import add_tree
 
 DECODE = "decode"
 
@@ -59,10 +60,19 @@ class Draft(Pass):
 
     def run(self, program: Program) -> Changes:
         changes = Changes()
-        program.info[DRAFT] = {"entry": DRAFT if self.steps else "", "ngram": self.ngram}
-        if not self.steps:
+        if self.steps:
+            self._add_entry(program, changes)
+        if self.ngram:
             changes.apply("ngram", DECODE)
-            return changes
+        refusal = add_tree(program)
+        if refusal:
+            changes.refuse("tree", refusal)
+            changes.note("drafts are chains of tokens")
+        entries = {"entry": DRAFT if self.steps else "", "tree": "" if refusal else TREE}
+        program.info[DRAFT] = {**entries, "ngram": self.ngram}
+        return changes
+
+    def _add_entry(self, program: Program, changes: Changes) -> None:
         cheaper, ledger = Pipeline(self.steps, check=False).run(program)
         entry = cheaper.entries[DECODE]
         _keep_slots(program, cheaper, entry, _names(program, ledger))
@@ -73,7 +83,6 @@ class Draft(Pass):
         for row in ledger.rows:
             for refused in row.changes.refused:
                 changes.refused.append(refused)
-        return changes
 
 
 def _names(program: Program, ledger: Ledger) -> dict[str, str]:

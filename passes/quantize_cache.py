@@ -10,9 +10,8 @@ import torch
 from torch import fx
 
 from sylvester.compiler.cache_ops import BITS, attention_q, kv_update_q, record_bytes
-from sylvester.compiler.calls import resized
+from sylvester.compiler.calls import arguments, parameters, resized
 from sylvester.compiler.changes import Changes, Refusal
-from sylvester.compiler.forms import arguments
 from sylvester.compiler.ops import kv_update
 from sylvester.compiler.pipeline import Contract, Pass
 from sylvester.compiler.program import Entry, Program, StateSlot, binding, fake_empty, value
@@ -142,7 +141,10 @@ def _read(entry: Entry, bits: int) -> None:
     """Attention over records."""
     for node in entry.calls(*ATTENTIONS):
         if cast(fx.Node, node.args[1]).target is kv_update_q.target:
-            new = entry.emit(attention_q.target, *arguments(node), bits, before=node, made_by=QuantizeCache.name)
+            given, declared = arguments(node), parameters(node.target)
+            args = [given[p.name] for p in declared if not p.keyword_only]
+            named = {p.name: given[p.name] for p in declared if p.keyword_only}
+            new = entry.emit(attention_q.target, *args, bits, before=node, made_by=QuantizeCache.name, **named)
             entry.replace(node, new)
 
 

@@ -15,9 +15,11 @@ from sylvester.compiler.drafts import Drafters, NGramDrafter
 from sylvester.compiler.errors import CompileError, InputError, Unsupported
 from sylvester.compiler.ngrams import NGrams
 from sylvester.compiler.pipeline import Pipeline
+from sylvester.compiler.proposal import Draft as Proposal
 from sylvester.compiler.sampling import Sampling
 from sylvester.compiler.session import Session
 from sylvester.compiler.speculation import QUERIES
+from sylvester.compiler.token_tree import path_to
 from sylvester.passes.draft import Draft
 from tests import zoo
 
@@ -259,3 +261,98 @@ def test_ngrams_learn_kept_text_only():
     assert drafter.table.next([5, 6]) == (7, 2)
     assert drafter.table.next([6, 7]) == (7, 1)
     assert Sampling().temperature == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [("mistral", ""), ("gpt2", ""), *(("llama-gqa", f"quantize-cache(bits={bits})") for bits in (8, 4))],
+)
+def test_logits_of_a_tree_are_those_of_each_of_its_chains(name, passes):
+    model = compiled(name, "ngram", passes)
+    prompt, tree = prompts(1), np.random.default_rng(1).integers(3, zoo.VOCAB, (1, 7))
+    depths = (0, 1, 2, 3, 2, 1, 2)
+
+    def after(tokens: np.ndarray, depths: tuple[int, ...] | None = None) -> np.ndarray:
+        session = Session.begin(model._runner, prompt)
+        session.feed(prompt)
+        return session.score(tokens) if depths is None else session.branch("tree", tokens, depths)
+
+    together = after(tree, depths)
+    for token in range(len(depths)):
+        path = path_to(depths, token)
+        assert np.array_equal(together[:, token], after(tree[:, path])[:, -1]), token
+
+
+def test_a_path_through_a_tree_stays_in_the_caches():
+    model = compiled()
+    prompt, tree = prompts(1), np.random.default_rng(2).integers(3, zoo.VOCAB, (1, 5))
+    branched, plain = (Session.begin(model._runner, prompt) for _ in range(2))
+    for session in (branched, plain):
+        session.feed(prompt)
+    branched.branch("tree", tree, (0, 1, 2, 1, 2))
+    branched.keep(prompt.shape[1], [0, 3, 4])
+    branched.rewind(prompt.shape[1] + 3)
+    plain.score(tree[:, [0, 3, 4]])
+    assert np.array_equal(branched.tokens, plain.tokens)
+    end = prompt.shape[1] + 3
+    for name, array in plain.state.arrays.items():
+        assert np.array_equal(branched.state.arrays[name][:, :, :end], array[:, :, :end]), name
+
+
+def test_drafts_of_a_single_row_are_trees():
+    model, seen, branch = eager(compiled()), [], Session.branch
+
+    def counted(session: Session, entry: str, tokens: np.ndarray, depths: list[int]) -> np.ndarray:
+        seen.append(depths)
+        return branch(session, entry, tokens, depths)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Session, "branch", counted)
+        for batch in (1, 2):
+            before = len(seen)
+            model.generate(prompts(batch), max_new_tokens=40)
+            assert (len(seen) > before) == (batch == 1)
+    assert any(depths.count(1) > 1 for depths in seen)
+
+
+def test_the_likeliest_of_a_tree_comes_first():
+    draft, policy = Proposal(), Eager()
+    first = draft.add(policy, np.array([5]), 1)
+    beside = draft.add(policy, np.array([6]), (1, 1), 0)
+    draft.add(policy, np.array([7]), 1, first)
+    draft.add(policy, np.array([8]), 1, beside)
+    assert draft.parents == [0, 0, 1, 2]
+    assert draft.preorder() == ([0, 1, 3, 2, 4], [0, 1, 2, 1, 2])
+    assert draft.reach[1] > draft.reach[2] > draft.reach[4]
+
+
+def test_several_tokens_that_followed_are_known():
+    table = NGrams()
+    for token in (7, 8, 9, 7, 6):
+        table.guess(5, token)
+    table.read([1, 5, 4])
+    assert table.options([1, 5]) == [(4, 2, 0), (6, 1, 0), (7, 1, 1)]
+    assert table.options([5]) == [(6, 1, 0), (7, 1, 1), (9, 1, 2)]
+    assert table.options([2]) == []
+
+
+def test_ranked_tokens_begin_with_the_pick():
+    logits = np.random.default_rng(0).standard_normal((1, 50)).astype(np.float32)
+    before, uniform = np.array([[1, 2]]), np.array([0.3])
+    for sampling in (Sampling(), Sampling(0.8), Sampling(1.0, top_k=2), Sampling(0.9, repetition_penalty=1.3)):
+        ranked = sampling.ranked(logits, before, uniform, 3)
+        assert ranked[0, 0] == sampling.pick(logits, before, uniform)[0]
+        assert len(set(ranked[0])) == ranked.shape[1] == (2 if sampling.top_k else 3)
+    assert Sampling().ranked(logits, before, uniform, 3)[0].tolist() == (-logits[0]).argsort()[:3].tolist()
+
+
+def test_a_tree_needs_positions_that_follow_its_depths():
+    program = zoo.traced("llama-gqa").clone()
+    entry = program.entries["decode"]
+    count = entry.calls(torch.ops.aten.arange.default)[0]
+    double = entry.emit(torch.ops.aten.mul.Tensor, count, 1, before=next(iter(count.users)), made_by="test")
+    next(iter(count.users)).replace_input_with(count, double)
+    changed, ledger = Pipeline([Draft(ngram=True)], check=False).run(program)
+    assert "tree" not in changed.entries
+    assert changed.info["draft"]["tree"] == ""
+    assert "tokens are counted otherwise" in ledger.rows[0].changes.refused[0].reason
