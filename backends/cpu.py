@@ -20,7 +20,7 @@ from sylvester.backends.tensor_writer import write_tensors
 from sylvester.backends.toolchain import build_shared, find_compiler
 from sylvester.backends.tuning import tune, write_problems
 from sylvester.codegen.compile import compile_program
-from sylvester.codegen.isa import variants
+from sylvester.codegen.isa import WASM, variants
 from sylvester.compiler import knobs, quantized_ops  # noqa: F401  (registers the ops below)
 from sylvester.compiler.errors import Unsupported
 from sylvester.compiler.manifest import Manifest
@@ -49,6 +49,8 @@ class Cpu(Backend):
 
     def build(self, program: Program, target: Target, folder: Path, progress: Progress) -> Manifest:
         _require_float32(program)
+        if target.architecture == WASM:
+            raise Unsupported("the cpu target builds no WebAssembly", hint="compile with target='wasm'")
         compiler = find_compiler(architecture=target.architecture)
         lasting = resident(program)
         compiled = compile_program(lasting.program)

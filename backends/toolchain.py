@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from sylvester.backends.build_cache import built_before, keep
-from sylvester.codegen.isa import Isa, variants
+from sylvester.codegen.isa import WASM, Isa, variants
 from sylvester.compiler import knobs
 from sylvester.compiler.errors import CompileError, ToolchainMissing
 from sylvester.compiler.target import host_architecture
@@ -22,7 +22,11 @@ from sylvester.compiler.target import host_architecture
 GLIBC = "2.17"
 """Oldest glibc a library built with zig runs on."""
 _SHOWN_LINES = 20
-_FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-pthread")
+_FLAGS = ("-std=gnu11", "-O3", "-fvisibility=hidden", "-fopenmp-simd")
+_SHARED = ("-fPIC", "-pthread")
+_MODULE = ("-mexec-model=reactor", "-Wl,--import-memory", "-Wl,--export-dynamic", "-Wl,-z,stack-size=131072")
+"""Of WebAssembly, whose memory the page makes."""
+_THREADS = ("-Wl,--shared-memory", "-Wl,--max-memory=4294901760")
 _MATH = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 
 
@@ -39,12 +43,14 @@ class Compiler:
 
     def arguments(self, isa: Isa) -> list[str]:
         """The command line for `isa`, without the source and the output."""
+        if isa.architecture == WASM:
+            return [*self.command, *_FLAGS, *_MATH, "-target", "wasm32-wasi", f"-mcpu={isa.zig}", "-g0", *isa.flags]
         if self.family == "zig":
             name = isa.zig or "+".join((isa.march, *isa.features)).replace("-", "_")
             machine = ["-target", f"{isa.architecture}-linux-gnu.{GLIBC}", f"-march={name}", "-g0", "-s"]
         else:
             machine = [f"-march={isa.march}", *(f"-m{name}" for name in isa.features), "-Wno-psabi"]
-        return [*self.command, *_FLAGS, *_MATH, *machine, *isa.flags]
+        return [*self.command, *_FLAGS, *_SHARED, *_MATH, *machine, *isa.flags]
 
 
 def find_compiler(named: str | None = None, architecture: str = "") -> Compiler:
@@ -132,6 +138,10 @@ def _build(source: str, built: Path, isa: Isa, compiler: Compiler) -> None:
     text.write_text(source, encoding="utf-8")
     scratch = built.with_name("zig")
     _run([*compiler.arguments(isa), "-c", "-o", str(compiled), str(text)], built.name, scratch)
+    if isa.architecture == WASM:
+        threads = _THREADS if "atomics" in isa.zig else ()
+        _run([*compiler.arguments(isa), *_MODULE, *threads, "-s", "-o", str(built), str(compiled)], built.name, scratch)
+        return
     link = compiler.arguments(variants((), isa.architecture)[0])
     _run([*link, "-shared", "-o", str(built), str(compiled), "-lm"], built.name, scratch)
 

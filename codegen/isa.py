@@ -76,14 +76,24 @@ DOTPROD = replace(
     formats=("q8", "q4", "q3"),
 )
 
-ISAS = (SCALAR, AVX2, AVX512, VNNI, BF16, AMX, NEON, DOTPROD)
+WASM = "wasm32"
+_SIMD128 = "generic+simd128+bulk_memory+sign_ext+nontrapping_fptoint+mutable_globals"
+
+# Engines map vectors to 16 registers on x86-64: 12 for the tile, the others for its operands.
+SIMD128 = Isa(
+    "simd128", 0, "generic", vector=4, accumulators=12, gemm_rows=6, architecture=WASM, zig=_SIMD128
+)  # fmt: skip
+RELAXED = replace(SIMD128, name="relaxed", level=1, zig=f"{_SIMD128}+relaxed_simd")
+THREADED = tuple(replace(isa, name=f"{isa.name}-threads", zig=f"{isa.zig}+atomics") for isa in (SIMD128, RELAXED))
+
+ISAS = (SCALAR, AVX2, AVX512, VNNI, BF16, AMX, NEON, DOTPROD, SIMD128, RELAXED, *THREADED)
 
 
 def of(architecture: str) -> tuple[Isa, ...]:
     """The variants of an architecture by level; the first runs on every CPU of it."""
     found = tuple(isa for isa in ISAS if isa.architecture == architecture)
     if not found:
-        known = sorted({isa.architecture for isa in ISAS})
+        known = sorted({isa.architecture for isa in ISAS} - {WASM})
         raise Unsupported(f"no CPU variants for architecture {architecture!r}", hint=f"there are some for {known}")
     return found
 

@@ -6,7 +6,7 @@ from functools import cache
 from importlib import resources
 from string import Template
 
-from sylvester.codegen.isa import Isa
+from sylvester.codegen.isa import WASM, Isa
 
 STEADY_ROWS = 64
 """Rows of a product up to which a row has the same bits whatever rows come with it."""
@@ -34,5 +34,7 @@ def prelude(isa: Isa) -> str:
         STEADY_TILES="\n".join(f"SV_STEADY_TILE({r})" for r in rows),
         STEADY_NAMES=", ".join(f"sv_steady_tile_{r}" for r in rows),
     )
-    before = [render(f"{part}.h.in") for part in ("runtime", "dispatch", "vector", "math", "norm")]
+    system = "wasm" if isa.architecture == WASM else "posix"
+    parts = ("runtime", f"wait_{system}", "team", f"threads_{system}", "dispatch", "vector", "math", "norm")
+    before = [render(f"{part}.h.in") for part in parts]
     return "\n".join([isa.defines(), *before, gemm, render("pack.h.in"), render("conv2d.h.in")])
