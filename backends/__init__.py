@@ -6,9 +6,11 @@ BACKENDS = {
     "cpu": "sylvester.backends.cpu:Cpu",
     "null": "sylvester.backends.null:Null",
     "reference": "sylvester.backends.reference:Reference",
+    "wasm": "sylvester.backends.wasm:Wasm",
 }
 LOADERS = {
     "cpu": "sylvester.backends.cpu_runtime:load",
     "null": "sylvester.backends.null:load",
     "reference": "sylvester.backends.reference:load",
+    "wasm": "sylvester.backends.wasm_runtime:load",
 }

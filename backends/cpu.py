@@ -48,7 +48,7 @@ class Cpu(Backend):
         return CpuMachine(self, target, rows=1 if "decode" in program.entries else BLOCK_ROWS)
 
     def build(self, program: Program, target: Target, folder: Path, progress: Progress) -> Manifest:
-        _require_float32(program)
+        require_float32(program)
         if target.architecture == WASM:
             raise Unsupported("the cpu target builds no WebAssembly", hint="compile with target='wasm'")
         compiler = find_compiler(architecture=target.architecture)
@@ -84,7 +84,7 @@ class Cpu(Backend):
         return replace(made, isas=tuple(isa.name for isa in isas), arch=target.architecture)
 
 
-def _require_float32(program: Program) -> None:
+def require_float32(program: Program) -> None:
     """Activations are float32; half-precision weights are for the ops that say so."""
     for entry in program.entries.values():
         for weight in entry.placeholders("weight"):

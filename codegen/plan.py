@@ -116,7 +116,8 @@ class _Entry:
             kind = C_TYPES[self.plan.buffers[name].dtype]
             lines.append(f"  {kind} *{name} = ({kind} *)(arena + o{n});")
         lines += self._steps()
-        parts = ["\n".join([*lines, "}"]), self._arena(), self._shapes(), self._costs(), self._profile(), self._run()]
+        parts = ["\n".join([*lines, "}"]), self._arena(), self._shapes(), self._costs(), self._scratch()]
+        parts += [self._profile(), self._run()]
         return "\n\n".join(parts)
 
     def _sizes(self, source: str) -> list[str]:
@@ -167,18 +168,24 @@ class _Entry:
         )
 
     def _profile(self) -> str:
-        scratch = {k.step.scratch for k in self.kernels if isinstance(k, ExternCall) and k.step.scratch}
         arguments = "void *team, const int64_t *sizes, void *const *buffers, double *times"
         head = f"SV_EXPORT int64_t sv_profile_{self.plan.name}({arguments}) {{"
-        lines = [head, *self._sizes("sizes"), "  int64_t scratch = 0;"]
-        for function, given in sorted(scratch, key=str):
-            bytes_ = f"{function}({', '.join(_c(a) for a in given)})" if given else function
-            lines.append(f"  scratch = sv_larger(scratch, (int64_t){bytes_});")
+        lines = [head, *self._sizes("sizes"), f"  const int64_t scratch = sv_scratch_{self.plan.name}(sizes);"]
         lines.append("  sv_call call = {sizes, buffers, times};")
         lines.append(f"  const int small = {_c(self._work())} < SV_SMALL;")
         run = "(small ? sv_team_run_alone : sv_team_run)"
         lines.append(f"  return {run}(team, sv_plan_{self.plan.name}, &call, (size_t)scratch);")
         return "\n".join([*lines, "}"])
+
+    def _scratch(self) -> str:
+        """Bytes that each thread needs at these sizes."""
+        scratch = {k.step.scratch for k in self.kernels if isinstance(k, ExternCall) and k.step.scratch}
+        head = f"SV_EXPORT int64_t sv_scratch_{self.plan.name}(const int64_t *sizes) {{"
+        lines = [head, *self._sizes("sizes"), "  int64_t scratch = 0;"]
+        for function, given in sorted(scratch, key=str):
+            bytes_ = f"{function}({', '.join(_c(a) for a in given)})" if given else function
+            lines.append(f"  scratch = sv_larger(scratch, (int64_t){bytes_});")
+        return "\n".join([*lines, "  return scratch;", "}"])
 
     def _work(self) -> Index:
         """Multiply-adds, or scalar operations, of all kernels."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.knobs import require_threads
 
-BUILT_IN = ("cpu", "reference", "null")
+BUILT_IN = ("cpu", "reference", "null", "wasm")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,90 @@
+"""WebAssembly for a page or Node: the C plan built for SIMD128 and relaxed SIMD, alone and threaded; weights in shards."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+from sylvester.backends.base import Backend
+from sylvester.backends.cpu import require_float32
+from sylvester.backends.kernel_table import write_table
+from sylvester.backends.memory_plan import memory_plan
+from sylvester.backends.packed_weights import stored_tensors
+from sylvester.backends.shards import write_shards
+from sylvester.backends.signature import manifest
+from sylvester.backends.toolchain import Compiler, build_shared, find_compiler, version
+from sylvester.backends.web_bundle import write_bundle
+from sylvester.codegen.compile import compile_program
+from sylvester.codegen.isa import WASM, Isa, of, variants
+from sylvester.codegen.plan import Unit
+from sylvester.compiler import knobs
+from sylvester.compiler.errors import Unsupported
+from sylvester.compiler.manifest import Manifest
+from sylvester.compiler.program import Program
+from sylvester.compiler.progress import Progress
+from sylvester.compiler.target import Target
+
+PAGE = (1 << 32) - (1 << 16)
+"""Bytes that 32-bit addresses reach in whole pages."""
+CODE = 4 << 20
+"""Bytes for the data of a module, stacks and scratch space of threads."""
+PROMPT = 256
+"""Tokens of a prompt that are read at once, which bounds the arena."""
+
+
+class Wasm(Backend):
+    name: ClassVar[str] = "wasm"
+
+    def identity(self, target: Target) -> tuple[str, ...] | None:
+        return ("wasm", version(_compiler()))
+
+    def build(self, program: Program, target: Target, folder: Path, progress: Progress) -> Manifest:
+        require_float32(program)
+        compiled = compile_program(program)
+        names = {entry: [use.name for use in uses] for entry, uses in compiled.weights.items()}
+        stored = stored_tensors(program, compiled.weights)
+        made = manifest(program, target, weights=names, steady=True)
+        plan = memory_plan(program, made, stored, compiled.unit.arenas, rows=1)
+        needed = CODE + plan.weights + plan.longest_arena + plan.state
+        if needed > PAGE:
+            raise Unsupported(
+                f"the page would take {needed / 1e6:.0f} MB of memory (weights {plan.weights / 1e6:.0f}, caches "
+                f"{plan.state / 1e6:.0f}, activations {plan.longest_arena / 1e6:.0f}), 32-bit addresses reach "
+                f"{PAGE / 1e6:.0f} MB",
+                hint="compile with fewer bits (passes='w4a8'), or a shorter Target('wasm', max_length=...)",
+            )
+        self.notes = [
+            f"memory: a page takes {needed / 1e6:.1f} MB (weights {plan.weights / 1e6:.1f}, caches "
+            f"{plan.state / 1e6:.1f}, activations {plan.longest_arena / 1e6:.1f})"
+        ]
+        progress(self.notes[0], 0, 1)
+        self.facts, self.fusions = {"memory": plan.to_dict() | {"page": needed}}, compiled.fusions
+        isas = variants(compiled.unit.formats, WASM, target.isas or [isa.name for isa in of(WASM)])
+        write_shards(folder, stored)
+        _build(compiled.unit, isas, folder, progress)
+        write_table(folder, compiled.unit.costs)
+        write_bundle(program, folder)
+        return replace(made, isas=tuple(isa.name for isa in isas), arch=WASM)
+
+
+def _compiler() -> Compiler:
+    return find_compiler("ziglang", architecture=WASM)
+
+
+def _build(unit: Unit, isas: tuple[Isa, ...], folder: Path, progress: Progress) -> None:
+    compiler = _compiler()
+    progress("compile", 0, len(isas))
+    with ThreadPoolExecutor(knobs.threads()) as pool:
+        jobs = [
+            pool.submit(build_shared, unit.text(isa), folder / "code" / f"{isa.name}.wasm", isa, compiler=compiler)
+            for isa in isas
+        ]
+        try:
+            for done, job in enumerate(as_completed(jobs)):
+                job.result()
+                progress("compile", done + 1, len(isas))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
