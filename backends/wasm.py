@@ -1,4 +1,4 @@
-"""WebAssembly for a page or Node: the C plan built for SIMD128 and relaxed SIMD, alone and threaded; weights in shards."""
+"""WebAssembly for a page or Node: the C plan with SIMD128 and relaxed SIMD, alone and threaded; weights in shards."""
 
 from __future__ import annotations
 
