@@ -79,9 +79,10 @@ DOTPROD = replace(
 WASM = "wasm32"
 _SIMD128 = "generic+simd128+bulk_memory+sign_ext+nontrapping_fptoint+mutable_globals"
 
-# Engines map vectors to 16 registers on x86-64: 12 for the tile, the others for its operands.
+# Engines have 16 registers on x86-64 and move products about: a tile of 8 vectors leaves room for all its operands.
 SIMD128 = Isa(
-    "simd128", 0, "generic", vector=4, accumulators=12, gemm_rows=6, architecture=WASM, zig=_SIMD128
+    "simd128", 0, "generic", vector=4, accumulators=8, gemm_rows=4, architecture=WASM, zig=_SIMD128,
+    macros=(("SV_Q3_ROWS", 2), ("SV_Q4_ROWS", 2), ("SV_Q8_GROUPED_ROWS", 2), ("SV_Q8_ROWS", 2)), flags=("-O2",),
 )  # fmt: skip
 RELAXED = replace(SIMD128, name="relaxed", level=1, zig=f"{_SIMD128}+relaxed_simd")
 THREADED = tuple(replace(isa, name=f"{isa.name}-threads", zig=f"{isa.zig}+atomics") for isa in (SIMD128, RELAXED))

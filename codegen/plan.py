@@ -101,12 +101,12 @@ class _Entry:
 
     def text(self) -> str:
         pointers = [*(b for kind in ("input", "weight", "state") for b in self.plan.of_kind(kind)), *self.outputs]
-        lines = [f"static void sv_plan_{self.plan.name}(const sv_thread *t, void *argument) {{"]
+        lines = [f"SV_PLAN void sv_plan_{self.plan.name}(const sv_thread *t, void *argument) {{"]
         lines += ["  const sv_call *call = argument;", "  const sv_thread solo = {0, 1, t->team, t->scratch};"]
         lines += [
             "  double *const times = call->times, mark = sv_mark(t, times);",
-            "  int64_t synced = 0, last_wide = -1;",
-            "  (void)synced, (void)last_wide, (void)solo, (void)times, (void)mark;",
+            "  sv_progress done = {.last_wide = -1};",
+            "  (void)done, (void)solo, (void)times, (void)mark;",
             *self._sizes("call->sizes"),
         ]
         lines += [f"  {_pointer_type(b)} *{b.name} = call->buffers[{n}];" for n, b in enumerate(pointers)]
