@@ -24,7 +24,7 @@ GLIBC = "2.17"
 _SHOWN_LINES = 20
 _FLAGS = ("-std=gnu11", "-O3", "-fvisibility=hidden", "-fopenmp-simd")
 _SHARED = ("-fPIC", "-pthread")
-_MODULE = ("-mexec-model=reactor", "-Wl,--import-memory", "-Wl,--export-dynamic", "-Wl,-z,stack-size=131072")
+_MODULE = ("-mexec-model=reactor", "-Wl,--import-memory", "-Wl,--export-dynamic", "-Wl,-z,stack-size=524288")
 """Of WebAssembly, whose memory the page makes."""
 _THREADS = ("-Wl,--shared-memory", "-Wl,--max-memory=4294901760")
 _MATH = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
@@ -120,7 +120,7 @@ def build_shared(source: str, out: Path, isa: Isa, *, compiler: Compiler | None 
     The same text, compiler and flags give the library that an earlier call kept in the cache folder.
     """
     compiler = compiler or find_compiler(architecture=isa.architecture)
-    flags = compiler.arguments(isa)[len(compiler.command) :]
+    flags = [*compiler.arguments(isa)[len(compiler.command) :], *_linked(isa)]
     key = sha256("\0".join([source, compiler.family, version(compiler), *flags]).encode()).hexdigest()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=out.parent) as folder:
@@ -138,12 +138,16 @@ def _build(source: str, built: Path, isa: Isa, compiler: Compiler) -> None:
     text.write_text(source, encoding="utf-8")
     scratch = built.with_name("zig")
     _run([*compiler.arguments(isa), "-c", "-o", str(compiled), str(text)], built.name, scratch)
-    if isa.architecture == WASM:
-        threads = _THREADS if "atomics" in isa.zig else ()
-        _run([*compiler.arguments(isa), *_MODULE, *threads, "-s", "-o", str(built), str(compiled)], built.name, scratch)
-        return
-    link = compiler.arguments(variants((), isa.architecture)[0])
-    _run([*link, "-shared", "-o", str(built), str(compiled), "-lm"], built.name, scratch)
+    base = isa if isa.architecture == WASM else variants((), isa.architecture)[0]
+    link = [*compiler.arguments(base), *_linked(isa)]
+    _run([*link, "-o", str(built), str(compiled), "-lm"], built.name, scratch)
+
+
+def _linked(isa: Isa) -> tuple[str, ...]:
+    """What makes a library, or a module, of an object."""
+    if isa.architecture != WASM:
+        return ("-shared",)
+    return (*_MODULE, *(_THREADS if "atomics" in isa.zig else ()), "-s")
 
 
 def _run(command: list[str], what: str, scratch: Path) -> None:

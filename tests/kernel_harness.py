@@ -13,11 +13,13 @@ import numpy as np
 
 from sylvester.backends.toolchain import build_shared
 from sylvester.codegen import isa as isas
-from sylvester.codegen.isa import Isa
+from sylvester.codegen.isa import WASM, Isa
 from sylvester.codegen.prelude import prelude
 from sylvester.compiler.target import host_architecture
-from tests import emulator
+from tests import emulator, webassembly
 
+ELSEWHERE = (emulator.Library, webassembly.Library)
+"""What runs code that this machine cannot: each call has a fresh team."""
 _FOLDER = tempfile.TemporaryDirectory(prefix="sylvester-kernels-")
 
 
@@ -25,6 +27,8 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="sylvester-kernels-")
 def load(source: str, isa: Isa) -> ctypes.CDLL:
     """The library of `source` for `isa`, built once per test run; one for another architecture is emulated."""
     out = build_shared(prelude(isa) + source, Path(_FOLDER.name, f"{isa.name}-{abs(hash(source)):x}.so"), isa)
+    if isa.architecture == WASM:
+        return webassembly.Library(out)  # type: ignore[return-value]
     if isa.architecture != host_architecture():
         return emulator.Library(out)  # type: ignore[return-value]
     lib = ctypes.CDLL(str(out))
@@ -66,7 +70,7 @@ SV_EXPORT int run_{name}(sv_team *team, const int64_t *i, void **p)
 @contextmanager
 def team(lib: ctypes.CDLL, threads: int) -> Iterator[ctypes.c_void_p]:
     """A thread team of `lib`, freed at the end; an emulated library makes one for every call."""
-    if isinstance(lib, emulator.Library):
+    if isinstance(lib, ELSEWHERE):
         yield ctypes.c_void_p(threads)
         return
     made = ctypes.c_void_p(lib.sv_team_new(threads))
@@ -78,7 +82,7 @@ def bind(
     lib: ctypes.CDLL, made: ctypes.c_void_p, name: str, integers: list[int], arrays: list[np.ndarray | None]
 ) -> Callable[[], int]:
     """A call of `run_<name>` with these arguments; arrays are passed by address and may be strided."""
-    if isinstance(lib, emulator.Library):
+    if isinstance(lib, ELSEWHERE):
         return lambda: lib.call(f"run_{name}", made.value or 1, integers, arrays)
     numbers = (ctypes.c_int64 * max(1, len(integers)))(*integers)
     pointers = (ctypes.c_void_p * max(1, len(arrays)))(*[None if a is None else a.ctypes.data for a in arrays])
