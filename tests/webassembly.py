@@ -58,9 +58,6 @@ class Library:
                 span[:] = np.frombuffer(self.memory.read(self.store, at, at + span.size), np.uint8)
         return code
 
-    def number(self, name: str, *given: int) -> int:
-        return int(self.exports[name](self.store, *given))
-
     def _write(self, at: int, data: bytes) -> None:
         missing = at + len(data) + 2 * SCRATCH - self.memory.data_len(self.store)
         if missing > 0:
