@@ -48,13 +48,13 @@ class Tuning:
 
 
 def attention_header(tuning: Tuning | None = None) -> str:
-    """Types and helpers shared by all instances; goes once before the first, and after the format bf16 if any."""
+    """Types and helpers shared by all instances; goes once before the first, and after the formats bf16 and q8."""
     choice = tuning or Tuning()
     shared = render(
         "attention.h.in", BLOCKS=choice.blocks, KEYS=choice.keys, FEW=choice.few, SPLIT=choice.split,
         STEADY=STEADY_QUERIES,
     )  # fmt: skip
-    return shared + render("attention_lanes.h.in") + render("attention_bf16.h.in")
+    return shared + "".join(render(f"attention_{part}.h.in") for part in ("lanes", "bf16", "int8"))
 
 
 def attention(
@@ -64,12 +64,13 @@ def attention(
 
     Over records (q8, q4) the strides of k and v count bytes; `records_header` goes before, and products are float32.
     With `products` "bf16" operands are rounded where the instruction set multiplies bfloat16 pairs and a tile has more
-    rows than few; elsewhere products stay in float32.
+    rows than few, with "int8" where it multiplies bytes four at a time; elsewhere products stay in float32.
     """
-    values = {"NAME": name, "D": head_dim, "DV": value_dim, "MASK": _MASKS[mask], "MASKED": int(mask != "none")}
+    values: dict[str, object] = {"NAME": name, "D": head_dim, "DV": value_dim, "MASK": _MASKS[mask]}
+    values |= {"MASKED": int(mask != "none"), "MORE": 0}
 
-    def text(*parts: str) -> str:
-        return "\n".join(render(f"attention{part}.c.in", **values) for part in parts)
+    def text(*parts: str, weights: str = "softmax") -> str:
+        return "\n".join(render(f"attention{part}.c.in", **values, WEIGHTS=weights) for part in parts)
 
     if cache in RECORDS:
         if value_dim != head_dim or products != "f32":
@@ -78,13 +79,17 @@ def attention(
         values["BITS"] = RECORDS[cache]
         values |= {"SIZE": 1, "KEY_ROW": f"{name}_bytes", "VALUE_ROW": f"{name}_bytes"}
         values |= {"KEYS": "u->values", "VALUES": f"keys + SV_ATT_KEYS * {name}_bytes"}
-        return text("_sizes", "_records", "_records_few", "_f32", "_tree", "")
+        return text("_sizes", "_records", "_records_few", "_f32", "_block", "_tree", "")
     values["KV"] = C_TYPES[cache]
     values |= {"SIZE": f"sizeof({values['KV']})", "KEY_ROW": head_dim, "VALUE_ROW": value_dim}
     values |= {"KEYS": "u->keys", "VALUES": "(char *)u->values"}
-    many = text("_pack", "_f32")
+    many = text("_pack", "_f32", "_block")
     if products == "bf16":
-        many = f"#if SV_BF16_DOT\n{text('_bf16')}#else\n{many}#endif"
+        many = f"#if SV_BF16_DOT\n{text('_bf16', '_block')}#else\n{many}#endif"
+    if products == "int8":
+        values["MORE"] = f"SV_ATT_INT8_FLOATS({head_dim}, {name}_wide)"
+        low = text("_int8_pack", "_int8", "_block", weights="weights")
+        many = f"#if defined(SV_Q_DOT)\n{low}#else\n{many}#endif"
     return "\n".join([text("_sizes", "_few"), many, text("_tree", "")])
 
 

@@ -17,6 +17,7 @@ from sylvester.compiler.manifest import WEIGHTS, read
 from sylvester.compiler.target import host_architecture
 from tests import (
     emulator,
+    test_kernels_attention_int8,
     test_kernels_bf16,
     test_kernels_conv2d,
     test_kernels_gemm,
@@ -39,6 +40,9 @@ KERNELS = {
         isa, 2, [(40, "none", 8), (150, "none", 4)], test_kernels_records.USED[:5]
     ),
     "record rows": lambda isa: test_kernels_records.test_rows_are_written_as_the_op_does(isa, 4),
+    "attention int8": lambda isa: test_kernels_attention_int8.check(
+        isa, 2, test_kernels_attention_int8.INSTANCES[:3], [test_kernels_attention_int8.CASE]
+    ),
     "conv2d": lambda isa: test_kernels_conv2d.test_conv2d(isa, 2, 0),
     "hadamard": lambda isa: test_kernels_hadamard.test_every_kind_of_base(isa, "lanes"),
     "hadamard fourier": lambda isa: test_kernels_hadamard.test_every_kind_of_base(isa, "fourier"),
