@@ -11,12 +11,17 @@ from sylvester.codegen import attention as attention_family
 from sylvester.codegen.costs import attention_costs
 from sylvester.codegen.families import unit_last
 from sylvester.codegen.index import Index, index, product
-from sylvester.codegen.lazy import Buffer, Extern, Lazy, Pointer, Shape, Strided, as_strided, of_buffer
+from sylvester.codegen.layout import FormatName
+from sylvester.codegen.lazy import Arithmetic, Buffer, Extern, Lazy, Pointer, Shape, Strided, as_strided, of_buffer
 from sylvester.codegen.lowering import Fact, Lowering, lowers
 from sylvester.codegen.prelude import render
 from sylvester.compiler.errors import Unsupported
 
 aten, dialect = torch.ops.aten, torch.ops.sylvester
+NAMED: dict[Arithmetic, str] = {"f32": "", "bf16": "_short", "int8": "_bytes"}
+"""Part of the name of a kernel by the arithmetic of its products."""
+FORMATS: dict[Arithmetic, tuple[FormatName, ...]] = {"f32": (), "bf16": ("bf16",), "int8": ("q8",)}
+"""Weight formats that bring the instruction sets, and the C text, of these products."""
 
 
 @lowers(dialect.attention.default, bf16=True)
@@ -34,7 +39,7 @@ def attention(
     softcap: float = 0.0,
     *,
     depths: Lazy | None = None,
-    products: str = "f32",
+    products: Arithmetic = "f32",
     records: str = "",
 ) -> Lazy:
     kind: attention_family.MaskKind = "none" if mask is None else "bool" if mask.dtype == "b8" else "float"
@@ -43,8 +48,7 @@ def attention(
         raise Unsupported("attention with a symbolic head size has no lowering", hint="make the feature size static")
     if k.dtype != v.dtype or k.dtype not in (("u8",) if records else attention_family.CACHE_TYPES):
         raise Unsupported(f"attention over keys of dtype {k.dtype} and values of dtype {v.dtype} has no lowering")
-    short = products == "bf16"
-    name = f"sv_attention{'_short' if short else ''}_{head_dim}_{value_dim}_{kind}"
+    name = f"sv_attention{NAMED[products]}_{head_dim}_{value_dim}_{kind}"
     stored = records or k.dtype
     name += "" if stored == "f32" else f"_{stored}"
     q, k, v = (_repeated(x, fact.shape[0]) for x in (q, k, v))
@@ -89,8 +93,8 @@ def attention(
             scratch=(f"{name}_scratch", ()),
             flops=flops,
             bytes=traffic,
-            arithmetic="bf16" if short else "f32",
-            formats=("bf16",) if short else (),
+            arithmetic=products,
+            formats=FORMATS[products],
             problem=(
                 "attention",
                 f"{stored}/{'causal' if causal else 'full'}",
@@ -106,6 +110,12 @@ def attention(
 def attention_bf16(lowering: Lowering, fact: Fact, *operands: Any, **optional: Any) -> Lazy:
     """Products of bfloat16 pairs where the instruction set has them; tuned as the float32 one, which has its tiles."""
     return attention(lowering, fact, *operands, **optional, products="bf16")
+
+
+@lowers(dialect.attention_int8.default, bf16=True)
+def attention_int8(lowering: Lowering, fact: Fact, *operands: Any, **optional: Any) -> Lazy:
+    """Products of bytes where the instruction set multiplies four at a time; tuned as the float32 one."""
+    return attention(lowering, fact, *operands, **optional, products="int8")
 
 
 @lowers(dialect.attention_q.default)

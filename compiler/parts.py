@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from sylvester.compiler import quantized_ops
 from sylvester.compiler.cache_ops import attention_q
 from sylvester.compiler.dataflow import Dataflow, Segment, walk
 from sylvester.compiler.perturb import mixes_rows
@@ -17,7 +18,7 @@ from sylvester.compiler.program import Program, value
 
 aten = torch.ops.aten
 SUMS = (aten.add.Tensor, aten.sub.Tensor)
-ATTENTIONS = (aten.scaled_dot_product_attention.default, torch.ops.sylvester.attention.default, attention_q.target)
+ATTENTIONS = (aten.scaled_dot_product_attention.default, *quantized_ops.ATTENTIONS, attention_q.target)
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.einsum.default, *ATTENTIONS)
 
 

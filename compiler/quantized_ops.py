@@ -240,9 +240,64 @@ def attention_bf16(
     return weights.to(BF16).to(q.dtype) @ v
 
 
+def _centred(x: Tensor, past: Tensor | None, queries: int) -> tuple[Tensor, Tensor]:
+    """x [batch, heads, keys, d] less its mean over the keys that may be read, and that mean."""
+    if past is None:
+        mean = x.mean(2, keepdim=True)
+        return x - mean, mean
+    held = (torch.arange(x.shape[2], device=x.device) < past + queries)[:, None]
+    mean = x.masked_fill(~held, 0.0).sum(2, keepdim=True) / held.sum()
+    return (x - mean).masked_fill(~held, 0.0), mean
+
+
+def _stepped(x: Tensor, axis: int, most: int = 127) -> Tensor:
+    """x rounded to `most` equal steps from 0 to its largest size along the axis."""
+    top = x.abs().amax(axis, keepdim=True)
+    step = torch.where(top > 0, top, 1.0) / most
+    return (x / step).round() * step
+
+
+@op(
+    cost=attention_cost,
+    examples=(
+        ((2, 4, 12, 8), (2, 2, 12, 8), (2, 2, 12, 8), None, None, 0.35, True, 0),
+        ((2, 4, 15, 7), (2, 4, 7, 7), (2, 4, 7, 6), (2, 1, 15, 7), None, 0.5, False, 0),
+        ((2, 4, 3, 8), (2, 2, 16, 8), (2, 2, 16, 8), None, Ints((), 13), 0.35, True, 0),
+        ((2, 4, 12, 8), (2, 2, 12, 8), (2, 2, 12, 8), None, None, 0.35, True, 4, 1.5),
+    ),
+)
+def attention_int8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    past: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float = 0.0,
+    *,
+    depths: Tensor | None = None,
+) -> Tensor:
+    """`attention` with products of whole numbers, after SageAttention2 (Zhang et al., 2024).
+
+    Queries, and keys less their mean over the keys of the call, are int8 with a scale a row; values less their mean are
+    int8 with a scale a channel; the softmax is in 255 steps below its greatest weight. What the means take from scores,
+    before any soft-cap, and from the result is added back in float: without rounding this is `attention`.
+
+    A backend may take means, scales of channels and greatest weights over any part of the keys, use 127 steps, round q
+    times a constant instead of q, or not round at all: each of these is about as close to the exact result.
+    """
+    (k, low), (v, mean) = (_centred(repeated_heads(t.to(q.dtype), q), past, q.shape[2]) for t in (k, v))
+    shift = q @ low.transpose(-2, -1)
+    with_shift = torch.cat([_stepped(q, -1), shift], -1), torch.cat([_stepped(k, -1), torch.ones_like(k[..., :1])], -1)
+    weights = attention_weights(*with_shift, mask, past, scale, causal, window, softcap, depths)
+    return _stepped(weights, -1, 255) @ _stepped(v, 2) + weights.sum(-1, keepdim=True) * mean
+
+
 QUANTISED = frozenset({linear_w8.target, linear_w4.target, linear_w3.target})
 """Those with weights of whole numbers, which round the rows of x."""
 LINEARS = frozenset({torch.ops.aten.linear.default, linear_bf16.target, *QUANTISED})
 """Every op that computes x W^T + bias with x and W as its first two arguments."""
-ATTENTIONS = frozenset({attention.target, attention_bf16.target})
-"""Both attentions; their arguments are the same."""
+ATTENTIONS = frozenset({attention.target, attention_bf16.target, attention_int8.target})
+"""Attentions by the arithmetic of their products; their arguments are the same."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from sylvester.compiler import ops
 from sylvester.compiler.cache_ops import attention_q
 from sylvester.compiler.changes import Refusal
 from sylvester.compiler.program import Program
-from sylvester.compiler.quantized_ops import attention_bf16
+from sylvester.compiler.quantized_ops import ATTENTIONS
 from sylvester.compiler.sparse_ops import sparse_glu, sparse_linear
 from sylvester.compiler.stages import stages_of
 
@@ -18,7 +17,7 @@ PRODUCTS = frozenset(
     {aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
     | {aten.einsum.default, aten.scaled_dot_product_attention.default, aten.convolution.default, aten.cumsum.default}
 )
-ATTENTION = (ops.attention.target, attention_bf16.target, attention_q.target)
+ATTENTION = (*ATTENTIONS, attention_q.target)
 
 
 def unsteady(program: Program) -> Refusal | None:

@@ -13,7 +13,6 @@ from sylvester.compiler.calls import arguments
 from sylvester.compiler.changes import Changes, Refusal
 from sylvester.compiler.parts import ATTENTIONS
 from sylvester.compiler.program import Entry, Program, binding, is_weight, value
-from sylvester.compiler.quantized_ops import attention_bf16
 from sylvester.compiler.sparse_ops import sparse_glu, sparse_linear, zero_small
 
 aten, dialect = torch.ops.aten, torch.ops.sylvester
@@ -123,7 +122,7 @@ def _sites(program: Program, entry: Entry, attention: bool) -> Iterator[Found]:
         reader = _only_user(node, LINEAR)
         if reader is not None and _node(node.args[0]).target is LINEAR:
             yield FFN, node, Refusal("the feed-forward part has no gate, its thresholds would be of another kind", node)
-    for node in entry.calls(*ATTENTIONS, attention_bf16.target) if attention else ():
+    for node in entry.calls(*ATTENTIONS) if attention else ():
         yield QUERY, node, _query(program, node)
         yield OUTPUT, node, _output(program, node)
 
