@@ -1,8 +1,8 @@
-"""The main entry run on a sample, with the values of chosen nodes kept."""
+"""The main entry run on a sample, with a look at the values of chosen nodes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -12,24 +12,27 @@ from sylvester.compiler.calibration import Sample
 from sylvester.compiler.next_token import empty_state
 from sylvester.compiler.program import Program, binding
 
+See = Callable[[fx.Node, tuple[Any, ...], Any], None]
+"""Gets a node, the values of its positional arguments and its result."""
 
-class _Keeper(fx.Interpreter):
-    """Runs a graph and keeps what some nodes compute."""
 
-    def __init__(self, graph: fx.Graph, wanted: Collection[fx.Node]) -> None:
+class _Watcher(fx.Interpreter):
+    """Runs a graph and shows what some nodes compute, and from what."""
+
+    def __init__(self, graph: fx.Graph, wanted: Collection[fx.Node], see: See) -> None:
         super().__init__(fx.GraphModule(torch.nn.Module(), graph), garbage_collect_values=True)
-        self.wanted = {node.name for node in wanted}
-        self.kept: dict[str, Any] = {}
+        self.wanted = {node.name: node for node in wanted}
+        self.see = see
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.name in self.wanted:
-            self.kept[n.name] = result
+            self.see(self.wanted[n.name], self.fetch_args_kwargs_from_env(n)[0], result)
         return result
 
 
-def observe(program: Program, sample: Sample, wanted: Collection[fx.Node]) -> dict[fx.Node, Any]:
-    """The value of each wanted node of the main entry, with caches without content."""
+def watch(program: Program, sample: Sample, wanted: Collection[fx.Node], see: See) -> None:
+    """Run the main entry, with caches without content; `see` gets each wanted node as it is computed."""
     entry = program.main
     sources: dict[str, Any] = {
         "input": sample,
@@ -37,7 +40,12 @@ def observe(program: Program, sample: Sample, wanted: Collection[fx.Node]) -> di
         "state": empty_state(program, entry, sample),
     }
     arguments = [sources[binding(n).kind][binding(n).key] for n in entry.placeholders()]
-    keeper = _Keeper(entry.graph, wanted)
     with torch.no_grad():
-        keeper.run(*arguments)
-    return {node: keeper.kept[node.name] for node in wanted}
+        _Watcher(entry.graph, wanted, see).run(*arguments)
+
+
+def observe(program: Program, sample: Sample, wanted: Collection[fx.Node]) -> dict[fx.Node, Any]:
+    """The value of each wanted node of the main entry, with caches without content."""
+    kept: dict[fx.Node, Any] = {}
+    watch(program, sample, wanted, lambda node, _, result: kept.update({node: result}))
+    return {node: kept[node] for node in wanted}

@@ -16,6 +16,7 @@ from sylvester.compiler import quality
 from sylvester.compiler.pipeline import Pipeline
 from sylvester.compiler.samples import parse
 from sylvester.passes.quantize import Quantize
+from sylvester.passes.quantize_attention import QuantizeAttention
 from sylvester.passes.rotate_hadamard import RotateHadamard
 
 WINDOWS, SEEDS = 3, (0, 1, 2)
@@ -70,6 +71,10 @@ def test_rotations_take_outliers_away_and_equalised_channels_the_rest(outliers):
 def test_w8a8_is_near_float(trained):
     assert trained.plain(W8A8) < 1.005
     assert trained.rotated(W8A8) < 1.005
+
+
+def test_int8_attention_is_near_float(trained):
+    assert 1 != trained.plain(QuantizeAttention(products="int8", cosine=0.5)) < 1.01
 
 
 def test_a_trained_encoder_with_norms_after_its_sums_is_rotated_by_itself():
