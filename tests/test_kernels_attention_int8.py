@@ -23,7 +23,7 @@ CASE = (1, 3, 1, 130, 700, 700, 1, 570, 450)
 BYTES, EXACT = ("vnni", "bf16", "amx", "dotprod"), 1e-5
 Instance = tuple[int, int, str, str]
 ISAS = supported("q8", "bf16")
-each_isa = pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+each_isa = pytest.mark.parametrize("isa", [isa for isa in ISAS if isa.name in BYTES], ids=lambda isa: isa.name)
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,20 @@ def test_close_to_float64(isa):
     check(isa, 3, INSTANCES, [*USED, CASE], [Given(), Given(part=True)])
 
 
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa.name not in BYTES][-1:], ids=lambda isa: isa.name)
+def test_other_variants_stay_in_float32(isa):
+    check(isa, 3, INSTANCES[1:3], [*USED[:4], CASE])
+
+
 @each_isa
 def test_biased_keys_and_values_and_caps(isa):
     given = [Given(key_bias=5), Given(value_bias=10), Given(softcap=3), Given(key_bias=2, value_bias=3, softcap=20)]
     check(isa, 2, INSTANCES, [CASE, (2, 4, 2, 37, 40, 40, 0, 0, 0)], given)
 
 
-@pytest.mark.parametrize("tuning", [Tuning(1, 32, 0, 32), Tuning(2, 64, 3, 64), Tuning(40, 512, 8, 1024)], ids=str)
+@pytest.mark.parametrize("tuning", [Tuning(1, 32, 0, 32), Tuning(40, 512, 8, 1024)], ids=str)
 def test_every_tuning_is_right(tuning):
-    check(ISAS[-1], 2, INSTANCES[1:3], [CASE], [Given(), Given(part=True)], tuning)
+    check(ISAS[-1], 2, INSTANCES[2:3], [CASE], [Given(), Given(part=True)], tuning)
 
 
 @each_isa
@@ -116,7 +121,7 @@ def test_one_far_key_leaves_the_others_their_weights(isa):
     q[..., 0], k[0, 0, 7, 0], v[..., 1] = 8, 6.3, 5
     v[0, 0, 7, 1] = 9
     y = np.full_like(q, np.nan)
-    lib = load(source(INSTANCES[:1]), isa)
+    lib = load(source(INSTANCES), isa)
     scale = int(np.float32(0.125).view(np.uint32))
     steps = [n for x in (y, q, k, v) for n in strides(x, 3)]
     with team(lib, 1) as made:
@@ -133,7 +138,7 @@ def test_rows_that_see_nothing_are_zero_and_nan_stays(isa):
     q, k, v = (rng.standard_normal((1, 1, 40, d)).astype(np.float32) for d in (7, 7, 5))
     mask = np.zeros((1, 1, 40, 40), np.float32)
     mask[0, 0, 3:6] = -np.inf
-    lib = load(source(INSTANCES[1:2]), isa)
+    lib = load(source(INSTANCES), isa)
     with team(lib, 1) as made:
         for operand, place in ((None, 0), (q, (0, 0, 9, 2)), (k, (0, 0, 9, 2)), (v, (0, 0, 9, 2))):
             if operand is not None:

@@ -132,7 +132,7 @@ def test_all_entries_of_a_language_model_follow_the_first(monkeypatch: pytest.Mo
     found = [{"int8": 0.9, "bf16": 1.0}, *({"int8": 1.0, "bf16": 1.0} for _ in range(layers - 1))]
     monkeypatch.setattr(quantize_attention, "_cosines", lambda _: found)
 
-    after, ledger = Pipeline((INT8,)).run(made)
+    after, ledger = Pipeline((INT8,), check=False).run(made)
 
     expected = [attention_bf16.target, *[attention_int8.target] * (layers - 1)]
     for entry in after.entries.values():
