@@ -30,7 +30,7 @@ Site = tuple[str, int]
 
 @dataclass(frozen=True)
 class QuantizeAttention(Pass):
-    """Faster where the CPU multiplies such numbers and there are many queries; elsewhere kernels stay in float32.
+    """Products of bfloat16 or int8 where the CPU has them, for many queries; elsewhere kernels stay in float32.
 
     With int8 `products` (keys and values smoothed, as in SageAttention2) each layer is tried on calibration data, else
     on the example inputs: where the cosine of its result to that of float32 is below `cosine` it gets bfloat16, or
