@@ -285,9 +285,10 @@ def attention_int8(
     int8 with a scale a channel; the softmax is in 255 steps below its greatest weight. What the means take from scores,
     before any soft-cap, and from the result is added back in float: without rounding this is `attention`.
 
-    A backend may take means, scales of channels and greatest weights over any part of the keys, use 127 steps, round q
-    times a constant instead of q, or not round at all: each of these is about as close to the exact result. Means and
-    scales are also of keys that a query does not see: these move its result, by no more than rounding does.
+    A backend may take means, scales of channels and greatest weights over any part of the keys, use 127 steps, or 63
+    for keys, round q times a constant instead of q, or not round at all: each of these is about as close to the exact
+    result. Means and scales are also of keys that a query does not see: these move its result, by no more than rounding
+    does.
     """
     (k, low), (v, mean) = (_centred(repeated_heads(t.to(q.dtype), q), past, q.shape[2]) for t in (k, v))
     shift = q @ low.transpose(-2, -1)

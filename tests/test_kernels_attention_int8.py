@@ -81,9 +81,9 @@ def steady(case) -> bool:
     return case[6] == 1 and case[3] <= 16
 
 
-def check(isa: Isa, threads: int, instances, cases, given=(Given(),), tuning: Tuning | None = None) -> None:
+def check(isa: Isa, threads: int, instances, cases, given=(Given(),), tuning: Tuning | None = None, first="") -> None:
     """Few rows, calls over caches with few queries and variants without such products are exact to float32."""
-    lib = load(source(instances, tuning), isa)
+    lib = load(first + source(instances, tuning), isa)
     with team(lib, threads) as made:
         for instance, case, options in itertools.product(instances, cases, given):
             error, rows = errors(lib, made, instance, case, options)
@@ -96,6 +96,11 @@ def check(isa: Isa, threads: int, instances, cases, given=(Given(),), tuning: Tu
 @each_isa
 def test_close_to_float64(isa):
     check(isa, 3, INSTANCES, [*USED, CASE], [Given(), Given(part=True)])
+
+
+@each_isa
+def test_dot_products_of_seven_bits(isa):
+    check(isa, 2, INSTANCES[1:3], [CASE], [Given(), Given(key_bias=2)], first="#define SV_Q_SEVEN 1\n")
 
 
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa.name not in BYTES][-1:], ids=lambda isa: isa.name)
