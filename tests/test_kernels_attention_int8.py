@@ -20,7 +20,7 @@ INSTANCES = [(64, 64, "none", "f32"), (7, 5, "float", "f32"), (40, 33, "bool", "
 USED = [case for case in CASES if case[7] >= 0 and (case[6] == 0 or case[5] == case[7] + case[3])]
 """Cases that a call with a position or without one can express."""
 CASE = (1, 3, 1, 130, 700, 700, 1, 570, 450)
-BYTES, EXACT = ("vnni", "bf16", "amx", "dotprod"), 1e-5
+BYTES, EXACT = ("vnni", "bf16", "amx", "dotprod", "relaxed"), 1e-5
 Instance = tuple[int, int, str, str]
 ISAS = supported("q8", "bf16")
 each_isa = pytest.mark.parametrize("isa", [isa for isa in ISAS if isa.name in BYTES], ids=lambda isa: isa.name)
