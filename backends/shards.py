@@ -32,7 +32,7 @@ def _pieces(tensors: Mapping[str, Deferred]) -> Iterator[memoryview]:
     for tensor in tensors.values():
         made = tensor.make()
         for piece in [made] if isinstance(made, np.ndarray) else made:
-            yield memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+            yield memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
         yield memoryview(bytes(-tensor.nbytes % ALIGNMENT))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -83,11 +83,11 @@ class NGramDrafter:
         """The likeliest first, as long as they pay."""
         import numpy as np
 
-        heap: list[tuple[float, int, int, int, object, tuple[int, ...]]] = []
+        heap: list[tuple[float, int, int, int, Hashable, tuple[int, ...]]] = []
         node = 0
         while True:
             for token, length, rank in self.table.options(context, self.least):
-                kind = (length, rank) if rank else length
+                kind: Hashable = (length, rank) if rank else length
                 chance = draft.reach[node] * self.policy.rate(kind)
                 heapq.heappush(heap, (-chance, node, rank, token, kind, context))
             if not heap or len(draft.tokens) >= most:
@@ -120,8 +120,8 @@ class ModelDrafter:
 
         draft, tokens, start = Draft(), last, time.perf_counter()
         context = session.tokens if sampling.repetition_penalty != 1 else session.tokens[:, :0]
-        likely: object = FIRST
-        others: list[tuple[float, int, int, object]] = []
+        likely: Hashable = FIRST
+        others: list[tuple[float, int, int, Hashable]] = []
         while len(draft.tokens) < most and draft.worth(self.policy, likely):
             made = len(draft.tokens)
             logits = session.ahead(self.entry, tokens[:, None], made)
@@ -132,7 +132,7 @@ class ModelDrafter:
             likely = f"model {int(np.searchsorted(SURE, shares[:, 0].min()))}"
             draft.add(self.policy, tokens, likely)
             for token, share in zip(ranked[0, 1:].tolist(), shares[0, 1:].tolist(), strict=True):
-                kind = ("model", int(np.searchsorted(RARE, share)))
+                kind: Hashable = ("model", int(np.searchsorted(RARE, share)))
                 others.append((-draft.reach[made] * self.policy.rate(kind), made, token, kind))
         steps = len(draft.tokens)
         for _, parent, token, kind in sorted(others, key=lambda other: other[0]):

@@ -18,7 +18,9 @@ from sylvester.compiler.program import Program, value
 
 aten = torch.ops.aten
 SUMS = (aten.add.Tensor, aten.sub.Tensor)
-ATTENTIONS = (aten.scaled_dot_product_attention.default, *quantized_ops.ATTENTIONS, attention_q.target)
+ATTENTIONS: tuple[Callable[..., Any], ...] = (
+    aten.scaled_dot_product_attention.default, *quantized_ops.ATTENTIONS, attention_q.target,
+)  # fmt: skip
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.einsum.default, *ATTENTIONS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 from sylvester.compiler.acceptance import Policy
@@ -22,16 +23,16 @@ class Draft:
     def __init__(self) -> None:
         self.tokens: list[Ids] = []
         self.parents: list[int] = []
-        self.kinds: list[object] = []
+        self.kinds: list[Hashable] = []
         self.reach = [1.0]
         """The chance of each node that it is accepted."""
         self.seconds, self.expected = 0.0, 0.0
 
-    def worth(self, policy: Policy, kind: object, parent: int = -1) -> bool:
+    def worth(self, policy: Policy, kind: Hashable, parent: int = -1) -> bool:
         """Whether one more token of this kind pays, after the last node if no other is given."""
         return policy.pays(len(self.tokens), self.expected, self.reach[parent] * policy.rate(kind))
 
-    def add(self, policy: Policy, tokens: Ids, kind: object, parent: int = -1) -> int:
+    def add(self, policy: Policy, tokens: Ids, kind: Hashable, parent: int = -1) -> int:
         """The number of the new node."""
         self.parents.append(parent % len(self.reach))
         self.reach.append(self.reach[parent] * policy.rate(kind))

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sylvester.compiler.drafts import FIRST, Draft, Drafter, Drafting
+from sylvester.compiler.drafts import FIRST, Drafter, Drafting
+from sylvester.compiler.proposal import Draft
 from sylvester.compiler.sampling import Sampling
 from sylvester.compiler.session import Session
 

@@ -5,7 +5,8 @@ arange(length) + past -> depths + past, and attention(q, k, v) -> attention(q, k
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -33,7 +34,8 @@ def add_tree(program: Program) -> Refusal | None:
         entry.replace(node, depths)
     for node in attention:
         options: dict[str, Any] = {**node.kwargs, DEPTHS: depths}
-        entry.replace(node, entry.emit(node.target, *node.args, before=node, made_by="draft", **options))
+        target = cast(Callable[..., Any], node.target)
+        entry.replace(node, entry.emit(target, *node.args, before=node, made_by="draft", **options))
     entry.sweep()
     program.entries[TREE] = entry
     return None

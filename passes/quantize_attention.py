@@ -60,7 +60,7 @@ class QuantizeAttention(Pass):
                 if (refusal := _refusal(node, kind)) is not None:
                     changes.refuse("attention", refusal)
                     continue
-                new = entry.emit(PRODUCTS[kind].target, *node.args, before=node, made_by=self.name)
+                new = entry.emit(PRODUCTS[kind].target, *node.args, before=node, made_by=self.name, **node.kwargs)
                 changes.apply("attention" if self.products == "bf16" else f"{kind} attention", node)
                 entry.replace(node, new)
         return changes
