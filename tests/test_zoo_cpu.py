@@ -31,7 +31,7 @@ def relative_error(found, expected):
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_reference_and_cpu_agree_with_float64(name, tmp_path):
     case = zoo.case(name)
-    program = sv.trace(case.model, case.inputs)
+    program = zoo.traced(name).clone()
     assert ("decode" in program.entries) == case.causal_lm
     wanted = [(inputs, exact(case, inputs)) for inputs in (case.inputs, *case.other)]
 
@@ -52,7 +52,7 @@ def test_cached_decoding_repeats_the_full_forward(name):
     """Greedy tokens from prefill and decode are those of running the whole sequence anew each time."""
     case = zoo.case(name)
     (ids,) = (tensor[:1] for tensor in case.inputs.values())
-    with sv.compile(case.model, case.inputs, target=sv.Target("cpu", isas=("avx2",))) as compiled:
+    with sv.compile(zoo.traced(name).clone(), target=sv.Target("cpu", isas=("avx2",))) as compiled:
         produced = torch.as_tensor(compiled.generate(ids.numpy(), max_new_tokens=12, stop=()))
 
     model = copy.deepcopy(case.model).double()
