@@ -21,6 +21,7 @@ from sylvester.compiler.manifest import (
     TensorSpec,
 )
 from sylvester.compiler.program import Entry, Program, binding, value
+from sylvester.compiler.schema import load
 from sylvester.compiler.stages import DRAFT, KEY, stages_of
 from sylvester.compiler.steady import unsteady
 from sylvester.compiler.target import Target
@@ -62,7 +63,7 @@ def _generation(program: Program, steady: bool) -> Generation:
     info = program.info
     stages = stages_of(info) if KEY in info else ()
     ends = tuple(info.get("eos_token_ids", ()))
-    draft = DraftSpec(**info[DRAFT]) if DRAFT in info else None
+    draft = load(DraftSpec, info[DRAFT]) if DRAFT in info else None
     return Generation(
         int(info["max_length"]), ends, stages, is_uniform(program), steady and unsteady(program) is None, draft
     )

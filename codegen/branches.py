@@ -1,6 +1,8 @@
 """Run-time branches of a plan: what only one `add_unless` reads is not run when every row skips it.
 
 y = where(n > 0, x, x + f(x))   ->   y = x; if any(n <= 0): y = where(n > 0, x, x + f(x))
+
+Caches that only such a part updates are updated in its branch.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from sylvester.codegen.lowering import Lowering
 
 ADD_UNLESS = torch.ops.sylvester.add_unless.default
+UPDATE_UNLESS = torch.ops.sylvester.update_unless.default
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,10 @@ def branches(entry: Entry) -> dict[fx.Node, fx.Node]:
 
 
 def _inside(end: fx.Node) -> set[fx.Node]:
-    """What is only needed for the second operand of a sum and comes after its counts, and the sum."""
+    """What is only needed for the second operand of a sum, or for its caches, and comes after its counts; the sum."""
     x, part, left = (a for a in end.args if isinstance(a, fx.Node))
-    inside, waiting = {end}, [part]
+    caches = [user for user in left.users if user.target is UPDATE_UNLESS]
+    inside, waiting = {end, *caches}, [part, *(node for cache in caches for node in cache.all_input_nodes)]
     while waiting:
         node = waiting.pop()
         own = node.op == "call_function" and node not in (x, left) and all(u in inside for u in node.users)
@@ -57,6 +61,18 @@ def _inside(end: fx.Node) -> set[fx.Node]:
     return inside
 
 
+def calls_before(inside: set[fx.Node]) -> list[fx.Node]:
+    """The calls that a branch depends on, in graph order."""
+    found: set[fx.Node] = set()
+    waiting = [u for node in inside for u in node.all_input_nodes]
+    while waiting:
+        node = waiting.pop()
+        if node.op == "call_function" and node not in inside and node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return sorted(found)
+
+
 def open_branch(lowering: Lowering, end: fx.Node, inside: set[fx.Node]) -> Opened:
     """Everything the branch reads is in memory before it begins, so that no step in it serves one outside."""
     for node in _read_from_outside(inside):
@@ -64,11 +80,18 @@ def open_branch(lowering: Lowering, end: fx.Node, inside: set[fx.Node]) -> Opene
         if isinstance(made, Lazy):
             lowering.kept(made)
     x, left = (lowering.value_of(end.args[n]) for n in (0, 2))  # type: ignore[arg-type]
-    lowering.reduce("min", (index(1),), left.shape, left.dtype, lambda _, i: left.load(i))
-    flag = lowering.plan.steps[-1].buffer  # type: ignore[union-attr]
+    flag = _flag(lowering, left)
     total = lowering.buffer("arena", x.shape, x.dtype)
     lowering.plan.steps.append(Store(total.name, x.shape, x.dtype, x.load, total.offset))
     return Opened(flag, x, left, total)
+
+
+def _flag(lowering: Lowering, left: Lazy) -> str:
+    """The buffer [1] of the least count: a single one is that itself."""
+    if all(n.constant == 1 for n in left.shape):
+        return lowering.contiguous(left).name
+    lowering.reduce("min", (index(1),), left.shape, left.dtype, lambda _, i: left.load(i))
+    return lowering.plan.steps[-1].buffer  # type: ignore[union-attr]
 
 
 def _read_from_outside(inside: set[fx.Node]) -> Iterator[fx.Node]:
@@ -89,7 +112,7 @@ def sum_unless(x: Lazy, part: Lazy, left: Lazy) -> Any:
 
     def load(i: Indices) -> Expr:
         own = x.load(i)
-        skips = Call("gt", (left.load(i[:-1]), Constant(0.0, "f32")), "b8")
+        skips = Call("gt", (left.at(i[:-1]), Constant(0.0, "f32")), "b8")
         return Call("where", (skips, own, Call("add", (own, part.at(i)), own.dtype)), own.dtype)
 
     return load

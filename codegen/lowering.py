@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from sylvester.codegen.branches import Opened, branches, close_branch, open_branch
+from sylvester.codegen.branches import Opened, branches, calls_before, close_branch, open_branch
 from sylvester.codegen.index import Index, Size, index
 from sylvester.codegen.layout import Layout, plain
 from sylvester.codegen.lazy import (
@@ -98,11 +98,14 @@ class Lowering:
                 fact = value(node)
                 buffer = self.buffer(kind, shape_of(fact), dtype_of(fact.dtype), binding(node).key)
                 self.values[node] = of_buffer(buffer)
-        for node in self.entry.calls():
-            if node not in self.values and not isinstance(value(node), (int, torch.SymInt)):
-                self._lower(node)
+        self._lower_all(self.entry.calls())
         self._outputs()
         return self.plan
+
+    def _lower_all(self, nodes: Iterable[fx.Node]) -> None:
+        for node in nodes:
+            if node not in self.values and not isinstance(value(node), (int, torch.SymInt)):
+                self._lower(node)
 
     def _lower(self, node: fx.Node) -> None:
         end = self.branches.get(node)
@@ -115,6 +118,7 @@ class Lowering:
         """The steps of a node of a branch depend on its flag; nodes outside keep what they had become before."""
         inside = {n for n, of in self.branches.items() if of is end}
         if end not in self.opened:
+            self._lower_all(calls_before(inside))  # those of parallel parts may stand after the first node of the branch
             self.opened[end] = open_branch(self, end, inside)
         opened, before, outside = self.opened[end], len(self.plan.steps), dict(self.values)
         if node is end:
@@ -236,7 +240,8 @@ class Lowering:
     def kept(self, tensor: Lazy) -> Buffer:
         """`contiguous`, and from now on the ops that read the same value read that buffer."""
         buffer = self.contiguous(tensor)
-        self.values.update({node: of_buffer(buffer) for node, known in self.values.items() if known is tensor})
+        if buffer.shape == tensor.shape:  # not a larger one that begins with the value, nor one of another shape
+            self.values.update({node: of_buffer(buffer) for node, known in self.values.items() if known is tensor})
         return buffer
 
     def reduce(

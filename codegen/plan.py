@@ -197,7 +197,7 @@ class _Entry:
         for guard, run in groupby(enumerate(self.kernels), key=lambda item: item[1].guard):
             steps = [(number, self._step(number, kernel)) for number, kernel in run]
             if guard:
-                writer = max(n for n, kernel in enumerate(self.kernels) if guard in kernel.writes)
+                writer = max((n for n, kernel in enumerate(self.kernels) if guard in kernel.writes), default=-1)
                 yield f"  SV_MEET({steps[0][0]}, {writer});\n  if ({guard}[0] <= 0) {{"
             yield from (text for _, text in steps)
             if guard:

@@ -1,4 +1,4 @@
-"""Ops of parts that some tokens skip: for how many layers they do, and a sum over the others."""
+"""Ops of parts that are skipped: for how many layers a token skips them, sums and caches without them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from sylvester.codegen.branches import sum_unless
 from sylvester.codegen.elementwise import call, choose, is_test
 from sylvester.codegen.lazy import Indices, Lazy, of_buffer
 from sylvester.codegen.lowering import Fact, Lowering, lowers
+from sylvester.codegen.reads import step_writes
 from sylvester.codegen.scalar import Constant, Expr
+from sylvester.compiler.errors import Unsupported
 
 dialect = torch.ops.sylvester
 
@@ -17,6 +19,16 @@ dialect = torch.ops.sylvester
 def add_unless(_: Lowering, fact: Fact, x: Lazy, part: Lazy, left: Lazy) -> Lazy:
     """Where nothing but the sum is in the branch: x, or x + part."""
     return Lazy(fact.shape, fact.dtype, sum_unless(x, part, left))
+
+
+@lowers(dialect.update_unless.default, bf16=True)
+def update_unless(lowering: Lowering, _: Fact, cache: Lazy, updated: Lazy, left: Lazy) -> Lazy:
+    """Nothing to do: the update wrote the cache in place, or was left out with its branch."""
+    buffer = lowering.whole(updated)
+    writers = [step for step in lowering.plan.steps if buffer and buffer.name in step_writes(step)]
+    if buffer is None or buffer != lowering.whole(cache) or not all(step.guard for step in writers):
+        raise Unsupported("a cache is kept by an update that runs although its part is skipped")
+    return updated
 
 
 @lowers(dialect.layers_to_skip.default)

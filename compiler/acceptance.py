@@ -25,6 +25,8 @@ TRIED = 4
 """Calls in a row that are tried: after the first, what drafts is in the cache of the processor."""
 ALLOWED, ADVANCE = 0.01, 4.0
 """Part of all time that drafting may lose, and steps of plain decoding that it may lose at once."""
+SEARCHED, SAVED = ALLOWED / 2, 16.0
+"""Part of all time that a search for a better draft may take, and steps of plain decoding that it can put by."""
 
 
 @dataclass
@@ -98,6 +100,8 @@ class Policy:
     """Seconds that drafting one token takes."""
     total: float = 0.0
     lost: float = 0.0
+    credit: float = 0.0
+    """Seconds that a search may take: a part of all time, and half of what drafting gained."""
     idle: int = 0
     patience: int = PATIENCE[0]
     tries: int = 0
@@ -129,12 +133,27 @@ class Policy:
         """A round read `read` tokens in `seconds` and made `made`, after `drafting` seconds of drafting."""
         self.reading.add(read, seconds)
         spent = seconds + drafting
+        gained = made * self.reading(1) - spent if read > 1 or drafting else 0.0
         self.total += spent
         self.idle += 1
+        self.credit = min(self.credit + SEARCHED * spent + max(gained, 0.0) / 2, SAVED * self.reading(1))
         if read > 1 or drafting:
-            gained = made * self.reading(1) - spent
             self.lost = max(self.lost - gained, -ALLOWED * self.total)
             self._tried(gained > 0)
+
+    def affords(self, seconds: float) -> bool:
+        """Whether a search may take so long now."""
+        return not self.reading.stale and seconds <= self.credit
+
+    def charge(self, seconds: float) -> None:
+        """A search took so long, which counts as lost."""
+        self.total += seconds
+        self.lost += seconds
+        self.credit -= seconds
+
+    def retry(self) -> None:
+        """What drafts is another: it is tried soon, whatever the one before it lost."""
+        self.patience = self.idle = PATIENCE[0]
 
     def _tried(self, gained: bool) -> None:
         """Drafts were read; while it is tried whether they pay, that is known after some calls."""

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from sylvester.compiler.ops import NAMESPACE, OPS, Cost
-from sylvester.compiler.program import Program, value
+from sylvester.compiler.program import Entry, Program, value
 
 aten = torch.ops.aten
 MATMULS = (aten.matmul.default, aten.mm.default, aten.bmm.default)
@@ -61,7 +61,13 @@ def _flops(node: fx.Node, operands: list[Tensor], result: Tensor) -> int:
     return result.numel()
 
 
+def entry_cost(entry: Entry) -> Cost:
+    """Sum over the nodes of an entry."""
+    costs = [node_cost(node) for node in entry.calls()]
+    return Cost(sum(c.flops for c in costs), sum(c.bytes for c in costs))
+
+
 def program_cost(program: Program) -> Cost:
-    """Sum over the nodes of all entries."""
-    costs = [node_cost(node) for _, node in program.nodes()]
+    """Sum over all entries."""
+    costs = [entry_cost(entry) for entry in program.entries.values()]
     return Cost(sum(c.flops for c in costs), sum(c.bytes for c in costs))

@@ -1,4 +1,4 @@
-"""The option `draft` of compile: the passes that make what drafts, and whether n-grams draft."""
+"""The option `draft` of compile: the passes that make what drafts, what chooses its parts, whether n-grams draft."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from sylvester.compiler.resolve import Step, expand, not_a_step, resolve_passes,
 
 PASS, NGRAM = "sylvester.passes.draft:Draft", "ngram"
 """The pass that adds the draft, and what names n-grams among its steps."""
+CHOOSERS = ("swift", "exit")
+"""What finds the parts that the draft skips while generating: SWIFT's search, or an exit by DEL."""
+WORDS = (NGRAM, *CHOOSERS)
 
 
 @dataclass(frozen=True)
@@ -23,20 +26,25 @@ class DraftOption:
 
     steps: tuple[Step, ...]
     ngram: bool
+    chooses: str = ""
 
     @staticmethod
     def parse(given: str | Step | Sequence[str | Step]) -> DraftOption:
         items = [given] if isinstance(given, (str, Pass, Recipe)) or not isinstance(given, Iterable) else list(given)
         parts = [part for item in items for part in _parts(item)]
         if not parts or "" in parts:
-            hint = "give passes such as 'quantize(weights=4)', or 'ngram'"
+            hint = "give passes such as 'quantize(weights=4)', 'swift', 'exit' or 'ngram'"
             raise CompileError("draft names nothing that drafts", hint=hint)
-        steps = tuple(step for part in parts if part != NGRAM for step in _steps(part))
-        return DraftOption(steps, NGRAM in parts)
+        choosers = [word for word in CHOOSERS if word in parts]
+        if len(choosers) > 1:
+            raise CompileError(f"draft has {' and '.join(choosers)}, which choose the same parts", hint="give one")
+        steps = tuple(step for part in parts if part not in WORDS for step in _steps(part))
+        return DraftOption(steps, NGRAM in parts, "".join(choosers))
 
     def expand(self, program: Program, machine: Machine | None) -> Pass:
         """The pass that adds the draft to the program as it is."""
-        made: Pass = registry.resolve(PASS)(expand(self.steps, program, machine).passes, self.ngram)
+        passes = expand(self.steps, program, machine).passes
+        made: Pass = registry.resolve(PASS)(passes, self.ngram, self.chooses)
         return made
 
 
@@ -53,8 +61,9 @@ def _steps(part: str | Step) -> tuple[Step, ...]:
     try:
         found = resolve_passes(part)
     except CompileError as error:
-        if isinstance(part, str) and difflib.get_close_matches(part.partition("(")[0].lower(), [NGRAM], 1, 0.7):
-            raise CompileError(error.message, hint=f"did you mean {NGRAM!r}?") from error
+        close = difflib.get_close_matches(part.partition("(")[0].lower(), WORDS, 1, 0.7) if isinstance(part, str) else ()
+        if close:
+            raise CompileError(error.message, hint=f"did you mean {close[0]!r}?") from error
         raise
     for step in found:
         if isinstance(step, Pass) and step.contract == "drafted":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -112,6 +112,9 @@ class ModelDrafter:
     With `tree`, what it would draft else is proposed beside it, of a single row.
     """
 
+    given: Mapping[str, NDArray[Any]] | None = None
+    """Inputs of the entry but tokens and position."""
+
     def __init__(self, entry: str, policy: Policy, tree: bool = False) -> None:
         self.entry, self.policy, self.tree = entry, policy, tree
 
@@ -124,7 +127,7 @@ class ModelDrafter:
         others: list[tuple[float, int, int, Hashable]] = []
         while len(draft.tokens) < most and draft.worth(self.policy, likely):
             made = len(draft.tokens)
-            logits = session.ahead(self.entry, tokens[:, None], made)
+            logits = session.ahead(self.entry, tokens[:, None], made, self.given)
             context = np.concatenate([context, tokens[:, None]], 1) if context.shape[1] else context
             ranked = sampling.ranked(logits, context, uniform(made), WIDTH if self.tree and len(last) == 1 else 1)
             tokens = ranked[:, 0]
@@ -151,7 +154,7 @@ class ModelDrafter:
 class Either:
     """N-grams where a long context is known, else the model."""
 
-    def __init__(self, table: NGramDrafter, model: ModelDrafter) -> None:
+    def __init__(self, table: NGramDrafter, model: Drafter) -> None:
         self.table, self.model, self.policy = table, model, model.policy
 
     def propose(self, session: Session, last: Ids, most: int, sampling: Sampling, uniform: Uniform) -> Draft:
@@ -160,6 +163,7 @@ class Either:
 
     def learn(self, session: Session, start: int, kept: int, logits: Logits) -> None:
         self.table.learn(session, start, kept, logits)
+        self.model.learn(session, start, kept, logits)
 
 
 class Drafters:
@@ -186,7 +190,7 @@ class Drafters:
         policy, tree = Policy(), bool(spec.tree)
         if not spec.entry:
             return NGramDrafter(self._table, policy, tree=tree)
-        model = ModelDrafter(spec.entry, policy, tree)
+        model = _model(spec, policy)
         return Either(NGramDrafter(self._table, policy, LONG, tree), model) if spec.ngram else model
 
 
@@ -216,3 +220,24 @@ def _shares(logits: NDArray[Any], tokens: Ids) -> NDArray[np.floating[Any]]:
     total = np.exp(np.minimum(logits - found[:, :1], 80)).sum(-1, keepdims=True)
     shares: NDArray[np.floating[Any]] = np.exp(found - found[:, :1]) / total
     return shares
+
+
+def _model(spec: DraftSpec, policy: Policy) -> Drafter:
+    if spec.chooses == "swift":
+        from sylvester.compiler.swift import SwiftDrafter
+
+        return SwiftDrafter(spec, policy)
+    if spec.chooses == "exit":
+        from sylvester.compiler.early_exit import ExitDrafter
+
+        return ExitDrafter(spec, policy)
+    return ModelDrafter(spec.entry, policy, bool(spec.tree))
+
+
+def confidence(logits: NDArray[Any], tokens: Ids) -> float:
+    """Probability of the token of the least sure row."""
+    import numpy as np
+
+    found = logits[np.arange(len(tokens)), tokens]
+    share = 1 / np.exp(np.minimum(logits - found[:, None], 80)).sum(-1)
+    return float(share.min())

@@ -99,11 +99,16 @@ class DraftSpec:
     """What proposes tokens: an entry over the same caches, "" for none, and n-grams of what was read.
 
     `tree` is the entry that reads several continuations together, "" for none.
+    `chooses` "swift" or "exit": which parts the entry skips is found while generating. `layers` has the layer of each
+    part, `kinds` says what it is: attention or FFN.
     """
 
     entry: str = ""
     ngram: bool = False
     tree: str = ""
+    chooses: str = ""
+    layers: tuple[int, ...] = ()
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -48,18 +48,25 @@ class Part:
 
 def addends(segment: Segment) -> tuple[fx.Node, ...]:
     """What the segment adds to its start; empty when its end is not such a sum."""
-    inside, leaves = set(segment.nodes), list[fx.Node]()
+    inside, (_, leaves) = set(segment.nodes), summed(segment)
+    branches = tuple(leaf for leaf in leaves if leaf is not segment.start)
+    return branches if len(branches) < len(leaves) and all(b in inside for b in branches) else ()
+
+
+def summed(segment: Segment) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The additions and subtractions that make the end of a segment, and what they add up."""
+    inside, sums, leaves = set(segment.nodes), list[fx.Node](), list[fx.Node]()
     stack = [segment.end]
     while stack:
         node = stack.pop()
-        summed = node in inside and node.target in SUMS and (node is segment.end or len(node.users) == 1)
+        own = node in inside and node.target in SUMS and (node is segment.end or len(node.users) == 1)
         operands = cast("list[fx.Node]", list(node.args[:2]))
-        if summed and all(_like(o, segment.end) for o in operands):
+        if own and all(_like(o, segment.end) for o in operands):
+            sums.append(node)
             stack += reversed(operands)
         else:
             leaves.append(node)
-    branches = tuple(leaf for leaf in leaves if leaf is not segment.start)
-    return branches if len(branches) < len(leaves) and all(b in inside for b in branches) else ()
+    return sums, leaves
 
 
 def find_parts(program: Program, flow: Dataflow, segment: Segment, kinds: dict[str, tuple[str, ...]]) -> list[Part]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     Ids = NDArray[np.int64]
     Logits = NDArray[np.floating[Any]]
+    Given = Mapping[str, NDArray[Any]]
 
 PREFILL, START = "prefill", "start"
 CHUNK = 512
@@ -93,23 +94,40 @@ class Session:
         for array in self.state.arrays.values():
             array[:, :, start + first : start + len(path)] = array[:, :, rows]
 
-    def ahead(self, entry: str, tokens: Ids, distance: int) -> Logits:
+    def ahead(self, entry: str, tokens: Ids, distance: int, given: Given | None = None) -> Logits:
         """Logits [batch, vocabulary] of another entry for tokens [batch, n] `distance` positions after those held.
 
-        What it writes into the caches lies behind what they hold.
+        What it writes into the caches lies behind what they hold. `given` are its inputs but tokens and position.
         """
+        return self._at(entry, tokens, self.position + distance, given)[:, -1]
+
+    def again(self, entry: str, start: int, end: int, given: Given | None = None) -> Logits:
+        """Logits [batch, end - start, vocabulary] of another entry for the tokens held from `start` to `end`.
+
+        What the caches hold stays as it is: what the entry writes there is undone.
+        """
+        names = self.runner.manifest.entries[entry].states
+        held = {name: self.state.arrays[name][:, :, start:end].copy() for name in names}
+        try:
+            return self._at(entry, self._tokens[:, start:end], start, given)
+        finally:
+            for name, rows in held.items():
+                self.state.arrays[name][:, :, start:end] = rows
+
+    def _at(self, entry: str, tokens: Ids, place: int, given: Given | None) -> Logits:
+        """Logits of an entry that reads tokens [batch, n] from position `place` on; the session stays where it is."""
         import numpy as np
 
         position, spec = self.state.position, self.runner.manifest.entries[entry]
+        inputs = {self._ids: tokens, **(given or {})}
         if not spec.states:
-            place = {s.name: np.array(position + distance) for s in spec.inputs if s.name != self._ids}
-            return self._logits(entry, self.runner.run(entry, {self._ids: tokens} | place))[:, -1]
-        self.state.position = position + distance
+            at = {s.name: np.array(place) for s in spec.inputs if s.name not in inputs}
+            return self._logits(entry, self.runner.run(entry, inputs | at))
+        self.state.position = place
         try:
-            outputs = self.runner.run(entry, {self._ids: tokens}, self.state)
+            return self._logits(entry, self.runner.run(entry, inputs, self.state))
         finally:
             self.state.position = position
-        return self._logits(entry, outputs)[:, -1]
 
     def stretch(self) -> int:
         """How many tokens from here on the same entry reads."""

@@ -10,9 +10,11 @@ DECODE = "decode"
 KEY = "stages"
 """Key of `Program.info`; absent: every step is `decode`."""
 DRAFT = "draft"
-"""Key of `Program.info`: the entries that draft and that read a tree, "" for none, and whether n-grams draft."""
+"""Key of `Program.info`: the fields of `manifest.DraftSpec`."""
 TREE, DEPTHS = "tree", "depths"
 """The entry that reads a tree of tokens in preorder, and its input, int64 [length]: how deep each is."""
+SKIPS = "skips"
+"""Input of an entry whose parts can be skipped, and key of `Program.info`: the layer and the kind of each part."""
 
 
 @dataclass(frozen=True)

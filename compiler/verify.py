@@ -7,6 +7,7 @@ from torch import Tensor, fx
 from sylvester.compiler.cache_ops import UPDATES
 from sylvester.compiler.errors import InvalidProgram
 from sylvester.compiler.program import Binding, Entry, Program, binding, value
+from sylvester.compiler.skip_ops import update_unless
 from sylvester.compiler.stages import DRAFT, stages_of
 
 
@@ -108,8 +109,9 @@ def _expected_slots(program: Program) -> dict[str, set[str]]:
 
 
 def _verify_read_after_write(node: fx.Node) -> None:
-    readers = [u for u in node.users if not (u.target in UPDATES and u.args[0] is node)]
-    if readers or len(node.users) != 1:
+    updates = [u for u in node.users if u.target in UPDATES and u.args[0] is node]
+    kept = [u for u in node.users if u.target is update_unless.target and u.args[:2] == (node, *updates)]
+    if len(updates) != 1 or len(node.users) != len(updates) + len(kept):
         raise InvalidProgram(
             f"state {binding(node).key!r} must be read by exactly one update, found {list(node.users)}", at=node
         )

@@ -1,25 +1,29 @@
 """decode -> decode, draft: a cheaper copy of `decode` that proposes tokens, which the untouched one verifies.
 
 The copy is what lossy passes make of it. It reads the caches of the model, and writes what it drafts behind them, where
-verification writes again: skipped layers (Xia et al., SWIFT, 2025), quantised substitutes (Wang et al., SubSpec, 2025).
+verification writes again: skipped layers, quantised substitutes (Wang et al., SubSpec, 2025). Which layers it skips may
+also be chosen while generating, by SWIFT (Xia et al., 2025) or DEL (Zarch et al., 2025).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx
 
 from sylvester.compiler.changes import Changes
+from sylvester.compiler.cost import entry_cost
+from sylvester.compiler.draft_option import CHOOSERS
 from sylvester.compiler.errors import CompileError, Unsupported
 from sylvester.compiler.ledger import Ledger
 from sylvester.compiler.pipeline import Contract, Pass, Pipeline
 from sylvester.compiler.program import Binding, Entry, Output, Program, binding
-from sylvester.compiler.stages import DRAFT, TREE
+from sylvester.compiler.stages import DRAFT, SKIPS, TREE
 from sylvester.compiler.steady import unsteady
 from sylvester.passes.draft_tree import add_tree
+from sylvester.passes.skippable_parts import SkippableParts
 
 DECODE = "decode"
 
@@ -27,6 +31,8 @@ DECODE = "decode"
 @dataclass(frozen=True)
 class Draft(Pass):
     """Adds an entry `draft`, made by `steps`; with `ngram`, what was read before proposes tokens too.
+
+    `chooses` "swift" or "exit": generation looks for the parts that the entry skips, or for the layer that it ends at.
 
     `Unsupported` where tokens that are read together would not have the bits of tokens read one by one, and where a
     step changes what caches hold.
@@ -36,17 +42,20 @@ class Draft(Pass):
     contract: ClassVar[Contract] = "drafted"
     steps: tuple[Pass, ...] = ()
     ngram: bool = False
+    chooses: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, tuple) or not all(isinstance(step, Pass) for step in self.steps):
             raise TypeError(f"steps is {self.steps!r}, expected a tuple of passes")
         if not isinstance(self.ngram, bool):
             raise TypeError(f"ngram is {self.ngram!r}, expected True or False")
-        if not self.steps and not self.ngram:
-            raise ValueError("nothing drafts: give steps, or ngram=True")
+        if self.chooses not in ("", *CHOOSERS):
+            raise ValueError(f"chooses is {self.chooses!r}, expected one of {list(CHOOSERS)}, or ''")
+        if not self.steps and not self.ngram and not self.chooses:
+            raise ValueError("nothing drafts: give steps, chooses='swift' or 'exit', or ngram=True")
 
     def __str__(self) -> str:
-        parts = [*map(str, self.steps), *(["ngram"] if self.ngram else [])]
+        parts = [*map(str, self.steps), *filter(None, (self.chooses, "ngram" if self.ngram else ""))]
         return f"draft({', '.join(parts)})"
 
     def requires(self, program: Program) -> None:
@@ -60,29 +69,50 @@ class Draft(Pass):
 
     def run(self, program: Program) -> Changes:
         changes = Changes()
-        if self.steps:
-            self._add_entry(program, changes)
+        steps = (*self.steps, *([SkippableParts()] if self.chooses else []))
+        if steps:
+            self._add_entry(program, steps, changes)
         if self.ngram:
             changes.apply("ngram", DECODE)
         refusal = add_tree(program)
         if refusal:
             changes.refuse("tree", refusal)
             changes.note("drafts are chains of tokens")
-        entries = {"entry": DRAFT if self.steps else "", "tree": "" if refusal else TREE}
-        program.info[DRAFT] = {**entries, "ngram": self.ngram}
+        program.info[DRAFT] = program.info.get(DRAFT, {}) | {"ngram": self.ngram, "tree": "" if refusal else TREE}
         return changes
 
-    def _add_entry(self, program: Program, changes: Changes) -> None:
-        cheaper, ledger = Pipeline(self.steps, check=False).run(program)
+    def _add_entry(self, program: Program, steps: tuple[Pass, ...], changes: Changes) -> None:
+        cheaper, ledger = Pipeline(steps, check=False).run(program)
         entry = cheaper.entries[DECODE]
         _keep_slots(program, cheaper, entry, _names(program, ledger))
         shared, new = _add_weights(program, cheaper, entry)
         program.entries[DRAFT] = entry
+        parts = cheaper.info.get(SKIPS, ())
+        layers, kinds = [layer for layer, _ in parts], [kind for _, kind in parts]
+        _require_layers(self.chooses, layers)
+        program.info[DRAFT] = {"entry": DRAFT, "chooses": self.chooses, "layers": layers, "kinds": kinds}
         changes.apply("entry", DRAFT)
         changes.note(f"drafting shares {shared} weights with the model and has {new} of its own")
+        changes.note(_work(program))
         for row in ledger.rows:
-            for refused in row.changes.refused:
-                changes.refused.append(refused)
+            changes.refused += row.changes.refused
+
+
+def _require_layers(chooses: str, layers: Sequence[int]) -> None:
+    """SWIFT keeps the first and the last layer, and an exit comes after one."""
+    least, found = {"swift": 3, "exit": 2}.get(chooses, 0), len(set(layers))
+    if found < least:
+        raise Unsupported(f"drafting by {chooses} needs {least} layers with parts to skip, the model has {found}")
+
+
+def _work(program: Program) -> str:
+    """What a token takes by what drafts, beside one by the model."""
+    draft, decode = (entry_cost(program.entries[name]) for name in (DRAFT, DECODE))
+    skipped = ", with no part skipped" if program.info[DRAFT]["chooses"] else ""
+    return (
+        f"drafting moves {draft.bytes / 1e6:.2f} MB where decoding moves {decode.bytes / 1e6:.2f} MB, "
+        f"{draft.flops / 1e6:.2f} Mflop where it takes {decode.flops / 1e6:.2f}, on the example{skipped}"
+    )
 
 
 def _names(program: Program, ledger: Ledger) -> dict[str, str]:
