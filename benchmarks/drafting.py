@@ -28,6 +28,8 @@ DRAFTS: dict[str, Any] = {
     "int4": "quantize(weights=4, activations=8)",
     "int4 and n-grams": ["quantize(weights=4, activations=8)", "ngram"],
     "layers skipped, 1.5x": "skip-layers(speedup=1.5)",
+    "swift": "swift",
+    "exit": "exit",
 }
 PIECE = 3000
 """Characters of each text to fit to."""

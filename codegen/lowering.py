@@ -118,7 +118,7 @@ class Lowering:
         """The steps of a node of a branch depend on its flag; nodes outside keep what they had become before."""
         inside = {n for n, of in self.branches.items() if of is end}
         if end not in self.opened:
-            self._lower_all(calls_before(inside))  # those of parallel parts may stand after the first node of the branch
+            self._lower_all(calls_before(inside))  # of parallel parts: they may stand after the first node of this one
             self.opened[end] = open_branch(self, end, inside)
         opened, before, outside = self.opened[end], len(self.plan.steps), dict(self.values)
         if node is end:

@@ -13,6 +13,8 @@ SIBLING = (0.3, 2.7)
 """The same of a draft beside a likelier one."""
 RECENT, SOONER = 0.05, 0.25
 """What the last call counts among those before it, in times, and where it was faster: other work only slows down."""
+USUAL = 0.1
+"""What the last call counts in the mean of all."""
 START = 4
 """Values from which on their mean counts."""
 SLOPE = 0.1
@@ -70,6 +72,8 @@ class Reading:
     """Seconds of a call that reads n tokens: those of one token, and a share of them for each more."""
 
     one: Mean = field(default_factory=Mean)
+    usual: float = 0.0
+    """What one token takes on the mean, whatever else runs: what was spent is held against it."""
     more: Mean = field(default_factory=lambda: Mean(SLOPE, START))
     calls: int = 0
 
@@ -77,6 +81,8 @@ class Reading:
         self.calls += 1
         if tokens == 1:
             self.one.add(seconds)
+            known = self.usual if self.one.count > START else seconds
+            self.usual = known + USUAL * (min(max(seconds, known / 4), known * 4) - known)
             self.calls = 0
         elif self.one.count:
             self.more.add(max(seconds / self.one.value - 1, 0.0) / (tokens - 1))
@@ -133,17 +139,18 @@ class Policy:
         """A round read `read` tokens in `seconds` and made `made`, after `drafting` seconds of drafting."""
         self.reading.add(read, seconds)
         spent = seconds + drafting
-        gained = made * self.reading(1) - spent if read > 1 or drafting else 0.0
+        gained = made * self.reading.usual - spent if read > 1 or drafting else 0.0
         self.total += spent
         self.idle += 1
-        self.credit = min(self.credit + SEARCHED * spent + max(gained, 0.0) / 2, SAVED * self.reading(1))
+        most = SAVED * self.reading(1)
+        self.credit = min(max(self.credit + SEARCHED * spent + gained / 2, -most), most)
         if read > 1 or drafting:
             self.lost = max(self.lost - gained, -ALLOWED * self.total)
             self._tried(gained > 0)
 
     def affords(self, seconds: float) -> bool:
-        """Whether a search may take so long now."""
-        return not self.reading.stale and seconds <= self.credit
+        """Whether a search may take so long now; at first it may have half of what drafting may lose at once."""
+        return self.reading.one.count >= 3 and seconds <= self.credit + ADVANCE / 2 * self.reading(1)
 
     def charge(self, seconds: float) -> None:
         """A search took so long, which counts as lost."""

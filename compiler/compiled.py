@@ -142,7 +142,7 @@ class Compiled:
     @property
     def drafting(self) -> Drafting:
         """What drafting did in all calls so far."""
-        return self._drafters.tally
+        return self._drafters.done()
 
     @cached_property
     def _drafters(self) -> Drafters:

@@ -12,6 +12,7 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
+from sylvester.compiler.cache_ops import kv_update_q
 from sylvester.compiler.program import Entry, binding, is_weight, value
 
 
@@ -168,6 +169,9 @@ def _content(entry: Entry) -> dict[fx.Node, None]:
 
 
 def _is_float(node: fx.Node) -> bool:
+    """Whether a node has float values; the records of a quantised cache stand for some."""
+    if node.target is kv_update_q.target:
+        return True
     fact = node.meta.get("val")
     first = fact[0] if isinstance(fact, (tuple, list)) and fact else fact
     return isinstance(first, Tensor) and first.is_floating_point()

@@ -61,7 +61,8 @@ def _steps(part: str | Step) -> tuple[Step, ...]:
     try:
         found = resolve_passes(part)
     except CompileError as error:
-        close = difflib.get_close_matches(part.partition("(")[0].lower(), WORDS, 1, 0.7) if isinstance(part, str) else ()
+        word = part.partition("(")[0].lower() if isinstance(part, str) else ""
+        close = difflib.get_close_matches(word, WORDS, 1, 0.7)
         if close:
             raise CompileError(error.message, hint=f"did you mean {close[0]!r}?") from error
         raise

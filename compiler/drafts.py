@@ -186,6 +186,13 @@ class Drafters:
             self._made[spec, greedy] = self._make(spec)
         return self._made[spec, greedy]
 
+    def done(self) -> Drafting:
+        """The tally so far, and what drafts by now."""
+        made = [getattr(drafter, "model", drafter) for drafter in self._made.values()]
+        found = [drafter.found_so_far() for drafter in made if hasattr(drafter, "found_so_far")]
+        self.tally.found = "; ".join(dict.fromkeys(found))
+        return self.tally
+
     def _make(self, spec: DraftSpec) -> Drafter:
         policy, tree = Policy(), bool(spec.tree)
         if not spec.entry:
@@ -202,14 +209,24 @@ class Drafting:
     made: int = 0
     drafted: int = 0
     accepted: int = 0
+    found: str = ""
+    """What was found to draft with, where that is chosen while generating."""
+
+    @property
+    def each(self) -> float:
+        """Tokens that a call of the model makes."""
+        return self.made / self.rounds if self.rounds else 0.0
+
+    @property
+    def share(self) -> float:
+        """Part of the drafts that are accepted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
 
     def __str__(self) -> str:
-        each = self.made / self.rounds if self.rounds else 0.0
-        share = self.accepted / self.drafted if self.drafted else 0.0
         return (
-            f"{self.made} tokens in {self.rounds} calls of the model ({each:.2f} a call), "
-            f"{self.accepted} of {self.drafted} drafts accepted ({share:.0%})"
-        )
+            f"{self.made} tokens in {self.rounds} calls of the model ({self.each:.2f} a call), "
+            f"{self.accepted} of {self.drafted} drafts accepted ({self.share:.0%})"
+        ) + (f"; {self.found}" if self.found else "")
 
 
 def _shares(logits: NDArray[Any], tokens: Ids) -> NDArray[np.floating[Any]]:

@@ -86,7 +86,8 @@ def compile(
     quality.
 
     `draft` is what makes a cheaper copy of `decode` that proposes tokens while generating, which the model verifies:
-    lossy passes by name or as instances, "ngram" for what was read before, or both. What is generated stays the same.
+    lossy passes by name or as instances; "swift" or "exit", which find the parts it skips, or the layer it ends at,
+    while generating; "ngram" for what was read before; or some of these. What is generated stays the same.
     """
     report = progress or silent
     chosen = Target.parse(target, threads=threads, tune=tune)

@@ -29,19 +29,29 @@ if TYPE_CHECKING:
     from sylvester.compiler.session import Logits
 
     Ids = NDArray[np.int64]
+    Floats = NDArray[np.float64]
 
 GRID = 8
 """Exits that are considered, at even distances."""
 WINDOW, LEAST = 16, 8
 """Tokens that a look at an exit reads, and how many must have been generated for one."""
-WAIT = (32, 1024)
-"""Rounds between looks at exits that were looked at before: at first, and at most."""
+LONGEST = 15
+"""Drafts of a round at most."""
+SOON, WAIT = 8, (32, 1024)
+"""Rounds between first looks at exits, and between later ones: at first, and at most."""
 
 
-def tokens_per_cost(rate: float, length: int, draft: float, whole: float) -> float:
-    """Expected tokens of a round over its cost: `length` drafts at `draft` each, and `whole` to verify them (TPL)."""
-    expected = length + 1.0 if rate >= 1 else (1 - rate ** (length + 1)) / (1 - rate)
-    return expected / (length * draft + whole)
+def tokens_per_cost(rates: Floats, drafts: Floats, whole: Floats) -> Floats:
+    """Expected tokens of a round over its cost [exits, lengths], for lengths from 0 on (TPL).
+
+    Of each exit `rates` has the rate at which its tokens are the model's, `drafts` the cost of one; `whole` has the
+    cost of verifying each length.
+    """
+    import numpy as np
+
+    lengths = np.arange(len(whole))
+    expected: Floats = np.cumsum(rates[:, None] ** lengths, 1)
+    return expected / (drafts[:, None] * lengths + whole)
 
 
 def exits(layers: int) -> list[int]:
@@ -100,14 +110,17 @@ class ExitDrafter:
         self.middle = Middle()
         self._seconds = {n: Mean() for n in self.skips}
         self._last: tuple[int, list[float]] | None = None
+        self._choice: tuple[int, int] | None = None
         self._rounds, self._next, self._wait = 0, 0, WAIT[0]
 
     def propose(self, session: Session, last: Ids, most: int, sampling: Sampling, uniform: Uniform) -> Draft:
         import numpy as np
 
-        draft, tokens, start = Draft(), last, time.perf_counter()
+        draft, tokens, sure = Draft(), last, list[float]()
         layer, length = self.choose(most)
-        sure: list[float] = []
+        if not length:
+            return draft
+        start = time.perf_counter()
         context = session.tokens if sampling.repetition_penalty != 1 else session.tokens[:, :0]
         while len(sure) < length and (not sure or sure[-1] >= float(self.middle)):
             made = len(sure)
@@ -116,23 +129,23 @@ class ExitDrafter:
             tokens = sampling.pick(logits, context, uniform(made))
             sure.append(confidence(logits, tokens))
             draft.add(self.policy, tokens, f"exit {layer}")
-        if sure:
-            self._last, draft.seconds = (layer, sure), time.perf_counter() - start
-            self._seconds[layer].add(draft.seconds / len(sure))
-            self.policy.rate(FIRST)
+        self._last, draft.seconds = (layer, sure), time.perf_counter() - start
+        self._seconds[layer].add(draft.seconds / len(sure))
+        self.policy.rate(FIRST)
         return draft
 
     def choose(self, most: int) -> tuple[int, int]:
         """The exit and the number of drafts that promise most tokens a second; (0, 0) where plain decoding does."""
-        rates = {n: agreement.rate for n, agreement in self.found.items() if agreement.total}
-        return self._best(rates, most)
+        if self._choice is None:
+            rates = {n: agreement.rate for n, agreement in self.found.items() if agreement.total}
+            self._choice = self._best(rates)
+        layer, length = self._choice
+        return layer, min(length, most)
 
     def due(self) -> int:
-        """The exit to look at: one that none was had of yet and that could pay, or after a while one that may; or 0."""
-        could = [n for n, agreement in self.found.items() if not agreement.total and self._best({n: 1.0}, WINDOW)[1]]
-        if could or self._rounds < self._next:
-            return could[0] if could else 0
-        return self._best({n: agreement.hoped for n, agreement in self.found.items()}, WINDOW)[0]
+        """The exit to look at: one that was not looked at yet and could pay, else the one that may pay most, or 0."""
+        could = (n for n, agreement in self.found.items() if not agreement.total and self._best({n: 1.0})[1])
+        return next(could, 0) or self._best({n: known.hoped for n, known in self.found.items() if known.total})[0]
 
     def learn(self, session: Session, start: int, kept: int, logits: Logits) -> None:
         self._rounds += 1
@@ -140,34 +153,47 @@ class ExitDrafter:
             layer, sure = self._last
             self.found[layer].add(min(kept - 1, len(sure)), min(kept, len(sure)))
             self.middle.learn(sure, kept - 1)
-            self._last = None
+            self._last = self._choice = None
         end = start + kept
         count = min(WINDOW, end - session.prompt)
-        layer = self.due() if count >= LEAST and self.policy.affords(0.0) else 0
-        if layer and self.policy.affords(self._share(layer) * self.policy.reading(count)):
-            self._look(session, layer, end - count, end)
+        if self._rounds >= self._next and count >= LEAST and self.policy.affords(0.0):
+            began = time.perf_counter()
+            layer = self.due()
+            known = self.found[layer].total if layer else 1.0
+            if layer and self.policy.affords(self._share(layer) * self.policy.reading(count)):
+                self._look(session, layer, end - count, end)
+            self._next = self._rounds + (self._pause() if known else SOON)
+            self.policy.charge(time.perf_counter() - began)
+
+    def found_so_far(self) -> str:
+        """What drafts, for a person."""
+        layer, length = self._choice or (0, 0)
+        rates = ", ".join(f"{known.rate:.0%} after {n}" for n, known in self.found.items() if known.total)
+        chosen = f"{length} drafts by {layer} of {self.depth} layers" if length else "no exit pays"
+        return f"exit: {chosen}; tokens that are the model's: {rates or 'unknown'}"
 
     def _look(self, session: Session, layer: int, start: int, end: int) -> None:
         """What the exit makes of the tokens before those from `start` to `end`, which the model chose."""
-        began = time.perf_counter()
         logits = session.again(self.entry, start - 1, end - 1, {SKIPS: self.skips[layer]})
         agree = (logits.argmax(-1) == session.tokens[:, start:end]).all(0)
         self.found[layer].add(int(agree.sum()), len(agree))
-        self._wait = WAIT[0] if self.choose(WINDOW)[1] else min(2 * self._wait, WAIT[1])
-        self._next = self._rounds + self._wait
-        self.policy.charge(time.perf_counter() - began)
+        self._choice = None
 
-    def _best(self, rates: Mapping[int, float], most: int) -> tuple[int, int]:
-        """argmax of tokens per second over exits and lengths up to `most`."""
-        reading = self.policy.reading
-        best, chosen = 1 / reading(1), (0, 0)
-        for layer, rate in rates.items():
-            cost = self._cost(layer)
-            for length in range(1, most + 1):
-                worth = tokens_per_cost(rate, length, cost, reading(length + 1))
-                if worth > best:
-                    best, chosen = worth, (layer, length)
-        return chosen
+    def _pause(self) -> int:
+        """Rounds until the next look: longer and longer while drafting does not pay."""
+        self._wait = WAIT[0] if self.choose(1)[1] else min(2 * self._wait, WAIT[1])
+        return self._wait
+
+    def _best(self, rates: Mapping[int, float]) -> tuple[int, int]:
+        """The exit and length of most tokens a second; (0, 0) where none is above plain decoding."""
+        import numpy as np
+
+        if not rates:
+            return 0, 0
+        whole = np.array([self.policy.reading(n + 1) for n in range(LONGEST + 1)])
+        table = tokens_per_cost(np.array([*rates.values()]), np.array([*map(self._cost, rates)]), whole)
+        exit_, length = np.unravel_index(table.argmax(), table.shape)
+        return ([*rates][exit_], int(length)) if length else (0, 0)
 
     def _cost(self, layer: int) -> float:
         """Seconds of a draft: as measured, or by the layers that it runs, the head counted as one."""

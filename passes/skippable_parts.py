@@ -105,17 +105,17 @@ def _flags(entry: Entry, skips: fx.Node, count: int) -> list[fx.Node]:
 
 
 def _guard(entry: Entry, sums: list[_Sum], flags: list[fx.Node]) -> None:
-    """Each sum adds its parts one after another, without those whose flags are set; their caches keep what they held."""
+    """Each sum adds its parts one after another, but those whose flags are set; their caches keep what they held."""
     moved: dict[fx.Node, fx.Node] = {}
     rest = iter(flags)
     for known in sums:
         end, by = known.segment.end, SkippableParts.name
-        stream = moved.get(known.segment.start, known.segment.start)
+        start = stream = moved.get(known.segment.start, known.segment.start)
         flag_of = {part.writer: next(rest) for part in known.parts}
         for leaf in summed(known.segment)[1]:
             if leaf in flag_of:
                 stream = entry.emit(add_unless.target, stream, leaf, flag_of[leaf], before=end, made_by=by)
-            elif leaf is not known.segment.start and leaf is not stream:
+            elif leaf is not start:
                 stream = entry.emit(aten.add.Tensor, stream, leaf, before=end, made_by=by)
         entry.replace(end, stream)
         moved[end] = stream

@@ -110,7 +110,7 @@ def compile_command(
     draft: Annotated[
         str | None,
         typer.Option(
-            help="What proposes tokens while generating: passes that make a cheaper decode step, ngram, or both."
+            help="What proposes tokens while generating: passes that make a cheaper decode step, swift or exit, ngram."
         ),
     ] = None,
     as_json: Json = False,
@@ -234,7 +234,8 @@ def generate(
         for piece in stream:
             pieces.append(piece)
             show(piece)
-        drafting = asdict(compiled.drafting)
+        done = compiled.drafting
+        drafting = {**asdict(done), "acceptance": done.share, "tokens_per_call": done.each}
     text = "".join(pieces)
     if not as_json:
         typer.echo()

@@ -80,7 +80,8 @@ def test_generate_drafts_as_compiled_or_as_told(drafting, capsys):
     assert default["text"]
     for answer in (default, found["compiled"], found["ngram"]):
         assert answer["drafting"]["made"] >= answer["drafting"]["rounds"] > 0
-    assert found["none"]["drafting"] == {"rounds": 0, "made": 0, "drafted": 0, "accepted": 0}
+        assert answer["drafting"]["tokens_per_call"] >= 1 >= answer["drafting"]["acceptance"] >= 0
+    assert not any(found["none"]["drafting"].values())
 
 
 def test_generate_drafts_only_where_drafts_can_be_verified(lm, capsys):
