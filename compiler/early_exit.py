@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sylvester.compiler.acceptance import FADING, Mean, Policy
-from sylvester.compiler.drafts import FIRST, Draft, confidence
+from sylvester.compiler.drafts import FIRST, confidence
 from sylvester.compiler.manifest import DraftSpec
+from sylvester.compiler.proposal import Draft
 from sylvester.compiler.sampling import Sampling
 from sylvester.compiler.session import Session
 from sylvester.compiler.stages import SKIPS

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sylvester.compiler.acceptance import Policy
-from sylvester.compiler.drafts import Draft, ModelDrafter
+from sylvester.compiler.drafts import ModelDrafter
 from sylvester.compiler.early_exit import LONGEST, tokens_per_cost
 from sylvester.compiler.manifest import DraftSpec
+from sylvester.compiler.proposal import Draft
 from sylvester.compiler.sampling import Sampling
 from sylvester.compiler.session import Session
 from sylvester.compiler.stages import SKIPS
@@ -125,7 +126,7 @@ class SwiftDrafter(ModelDrafter):
     """
 
     def __init__(self, spec: DraftSpec, policy: Policy) -> None:
-        super().__init__(spec.entry, policy)
+        super().__init__(spec.entry, policy, bool(spec.tree))
         self.search = Search(spec.layers)
         self.given = _given(self.search.best)
         self.promises = False
