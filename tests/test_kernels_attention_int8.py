@@ -10,8 +10,9 @@ import pytest
 
 from sylvester.codegen.attention import Tuning, attention, attention_header, part_floats
 from sylvester.codegen.bfloat16 import bf16_bits, bf16_values
-from sylvester.codegen.formats import quantised_headers
+from sylvester.codegen.formats import format_headers, quantised_headers
 from sylvester.codegen.isa import Isa
+from sylvester.codegen.layout import FormatName
 from sylvester.codegen.prelude import render
 from tests.kernel_harness import export, load, run, strides, supported, team
 from tests.test_kernels_attention import CASES, make_mask, reference
@@ -159,3 +160,9 @@ def test_rows_that_see_nothing_are_zero_and_nan_stays(isa):
             seen = [9] if operand is q else [n for n in range(40) if n not in (3, 4, 5)]
             assert np.isnan(y[0, 0, seen]).any(-1).all()
             operand[place] = 0
+
+
+@pytest.mark.parametrize("formats", [("q4",), ("q3", "bf16"), ("bf16",)], ids="+".join)
+@each_isa
+def test_weights_of_other_formats_may_be_beside_it(isa: Isa, formats: tuple[FormatName, ...]) -> None:
+    load("".join([*format_headers(formats, isa), attention_header(), attention("a", 64, 64)]), isa)
