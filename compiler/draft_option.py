@@ -13,11 +13,11 @@ from sylvester.compiler.program import Program
 from sylvester.compiler.recipe import Machine, Recipe
 from sylvester.compiler.resolve import Step, expand, not_a_step, resolve_passes, separated
 
-PASS, NGRAM = "sylvester.passes.draft:Draft", "ngram"
-"""The pass that adds the draft, and what names n-grams among its steps."""
+PASS, NGRAM, TREE = "sylvester.passes.draft:Draft", "ngram", "tree"
+"""The pass that adds the draft, and what names n-grams, and trees of drafts, among its steps."""
 CHOOSERS = ("swift", "exit")
 """What finds the parts that the draft skips while generating: SWIFT's search, or an exit by DEL."""
-WORDS = (NGRAM, *CHOOSERS)
+WORDS = (NGRAM, TREE, *CHOOSERS)
 
 
 @dataclass(frozen=True)
@@ -27,24 +27,25 @@ class DraftOption:
     steps: tuple[Step, ...]
     ngram: bool
     chooses: str = ""
+    tree: bool = False
 
     @staticmethod
     def parse(given: str | Step | Sequence[str | Step]) -> DraftOption:
         items = [given] if isinstance(given, (str, Pass, Recipe)) or not isinstance(given, Iterable) else list(given)
         parts = [part for item in items for part in _parts(item)]
-        if not parts or "" in parts:
+        if "" in parts or all(part == TREE for part in parts):
             hint = "give passes such as 'quantize(weights=4)', 'swift', 'exit' or 'ngram'"
             raise CompileError("draft names nothing that drafts", hint=hint)
         choosers = [word for word in CHOOSERS if word in parts]
         if len(choosers) > 1:
             raise CompileError(f"draft has {' and '.join(choosers)}, which choose the same parts", hint="give one")
         steps = tuple(step for part in parts if part not in WORDS for step in _steps(part))
-        return DraftOption(steps, NGRAM in parts, "".join(choosers))
+        return DraftOption(steps, NGRAM in parts, "".join(choosers), TREE in parts)
 
     def expand(self, program: Program, machine: Machine | None) -> Pass:
         """The pass that adds the draft to the program as it is."""
         passes = expand(self.steps, program, machine).passes
-        made: Pass = registry.resolve(PASS)(passes, self.ngram, self.chooses)
+        made: Pass = registry.resolve(PASS)(passes, self.ngram, self.chooses, self.tree)
         return made
 
 

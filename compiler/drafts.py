@@ -83,19 +83,25 @@ class NGramDrafter:
         """The likeliest first, as long as they pay."""
         import numpy as np
 
-        heap: list[tuple[float, int, int, int, Hashable, tuple[int, ...]]] = []
-        node = 0
+        heap: list[tuple[float, int, int, Hashable, tuple[int, ...]]] = []
+        node, first = 0, self.table.next(context, self.least)
         while True:
-            for token, length, rank in self.table.options(context, self.least):
-                kind: Hashable = (length, rank) if rank else length
-                chance = draft.reach[node] * self.policy.rate(kind)
-                heapq.heappush(heap, (-chance, node, rank, token, kind, context))
+            if first:
+                chance = draft.reach[node] * self.policy.rate(first[1])
+                heapq.heappush(heap, (-chance, node, *first, context))
             if not heap or len(draft.tokens) >= most:
                 return
-            _, node, _, token, kind, before = heapq.heappop(heap)
-            if not draft.worth(self.policy, kind, node):
+            _, parent, token, kind, before = heapq.heappop(heap)
+            if not draft.worth(self.policy, kind, parent):
                 return
-            node, context = draft.add(self.policy, np.array([token]), kind, node), (*before, token)[-LONGEST:]
+            node = draft.add(self.policy, np.array([token]), kind, parent)
+            if not isinstance(kind, tuple) and draft.spares(self.policy, parent, 1 - self.policy.rate(kind)):
+                for other, length, rank in self.table.options(before, self.least)[1:]:
+                    sibling = (length, rank)
+                    chance = draft.reach[parent] * self.policy.rate(sibling)
+                    heapq.heappush(heap, (-chance, parent, other, sibling, before))
+            context = (*before, token)[-LONGEST:]
+            first = self.table.next(context, self.least)
 
     def learn(self, session: Session, start: int, kept: int, logits: Logits) -> None:
         first = max(0, start - LONGEST)
@@ -129,14 +135,15 @@ class ModelDrafter:
             made = len(draft.tokens)
             logits = session.ahead(self.entry, tokens[:, None], made, self.given)
             context = np.concatenate([context, tokens[:, None]], 1) if context.shape[1] else context
-            ranked = sampling.ranked(logits, context, uniform(made), WIDTH if self.tree and len(last) == 1 else 1)
-            tokens = ranked[:, 0]
-            shares = _shares(logits, ranked)
-            likely = f"model {int(np.searchsorted(SURE, shares[:, 0].min()))}"
+            tokens = sampling.pick(logits, context, uniform(made))
+            sure = confidence(logits, tokens)
+            likely = f"model {int(np.searchsorted(SURE, sure))}"
             draft.add(self.policy, tokens, likely)
-            for token, share in zip(ranked[0, 1:].tolist(), shares[0, 1:].tolist(), strict=True):
-                kind: Hashable = ("model", int(np.searchsorted(RARE, share)))
-                others.append((-draft.reach[made] * self.policy.rate(kind), made, token, kind))
+            if self.tree and len(last) == 1 and draft.spares(self.policy, made, 1 - sure):
+                ranked = sampling.ranked(logits, context, uniform(made), WIDTH)
+                for token, share in zip(ranked[0, 1:].tolist(), _shares(logits, ranked)[0, 1:].tolist(), strict=True):
+                    kind: Hashable = ("model", int(np.searchsorted(RARE, share)))
+                    others.append((-draft.reach[made] * self.policy.rate(kind), made, token, kind))
         steps = len(draft.tokens)
         for _, parent, token, kind in sorted(others, key=lambda other: other[0]):
             if len(draft.tokens) == most or not draft.worth(self.policy, kind, parent):

@@ -32,6 +32,10 @@ class Draft:
         """Whether one more token of this kind pays, after the last node if no other is given."""
         return policy.pays(len(self.tokens), self.expected, self.reach[parent] * policy.rate(kind))
 
+    def spares(self, policy: Policy, parent: int, left: float) -> bool:
+        """Whether one more token after `parent` pays, if it is accepted with the chance `left` when the parent is."""
+        return policy.pays(len(self.tokens), self.expected, self.reach[parent] * left)
+
     def add(self, policy: Policy, tokens: Ids, kind: Hashable, parent: int = -1) -> int:
         """The number of the new node."""
         self.parents.append(parent % len(self.reach))

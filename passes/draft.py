@@ -33,6 +33,7 @@ class Draft(Pass):
     """Adds an entry `draft`, made by `steps`; with `ngram`, what was read before proposes tokens too.
 
     `chooses` "swift" or "exit": generation looks for the parts that the entry skips, or for the layer that it ends at.
+    `tree` adds an entry that reads several continuations of a single row together.
 
     `Unsupported` where tokens that are read together would not have the bits of tokens read one by one, and where a
     step changes what caches hold.
@@ -43,19 +44,22 @@ class Draft(Pass):
     steps: tuple[Pass, ...] = ()
     ngram: bool = False
     chooses: str = ""
+    tree: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, tuple) or not all(isinstance(step, Pass) for step in self.steps):
             raise TypeError(f"steps is {self.steps!r}, expected a tuple of passes")
-        if not isinstance(self.ngram, bool):
-            raise TypeError(f"ngram is {self.ngram!r}, expected True or False")
+        for option, switch in (("ngram", self.ngram), ("tree", self.tree)):
+            if not isinstance(switch, bool):
+                raise TypeError(f"{option} is {switch!r}, expected True or False")
         if self.chooses not in ("", *CHOOSERS):
             raise ValueError(f"chooses is {self.chooses!r}, expected one of {list(CHOOSERS)}, or ''")
         if not self.steps and not self.ngram and not self.chooses:
             raise ValueError("nothing drafts: give steps, chooses='swift' or 'exit', or ngram=True")
 
     def __str__(self) -> str:
-        parts = [*map(str, self.steps), *filter(None, (self.chooses, "ngram" if self.ngram else ""))]
+        words = (self.chooses, "ngram" if self.ngram else "", "tree" if self.tree else "")
+        parts = [*map(str, self.steps), *filter(None, words)]
         return f"draft({', '.join(parts)})"
 
     def requires(self, program: Program) -> None:
@@ -74,12 +78,18 @@ class Draft(Pass):
             self._add_entry(program, steps, changes)
         if self.ngram:
             changes.apply("ngram", DECODE)
-        refusal = add_tree(program)
-        if refusal:
-            changes.refuse("tree", refusal)
-            changes.note("drafts are chains of tokens")
-        program.info[DRAFT] = program.info.get(DRAFT, {}) | {"ngram": self.ngram, "tree": "" if refusal else TREE}
+        tree = TREE if self.tree and self._add_tree(program, changes) else ""
+        program.info[DRAFT] = program.info.get(DRAFT, {}) | {"ngram": self.ngram, "tree": tree}
         return changes
+
+    def _add_tree(self, program: Program, changes: Changes) -> bool:
+        refusal = add_tree(program)
+        if refusal is None:
+            changes.apply("tree", TREE)
+            return True
+        changes.refuse("tree", refusal)
+        changes.note("drafts are chains of tokens")
+        return False
 
     def _add_entry(self, program: Program, steps: tuple[Pass, ...], changes: Changes) -> None:
         cheaper, ledger = Pipeline(steps, check=False).run(program)

@@ -76,7 +76,7 @@ def test_compile_with_a_draft(models, capsys):
 
     assert "draft" in found["entries"]
     assert found["ledger"][-1]["contract"] == "drafted"
-    assert read(Path("out")).generation.draft == DraftSpec("draft", True, "tree")
+    assert read(Path("out")).generation.draft == DraftSpec("draft", True)
     assert read(Path("out")).passes[-1].startswith("draft(skip-layers(")
 
 

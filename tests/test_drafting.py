@@ -30,6 +30,8 @@ DRAFTS = {
     "no attention": sv.passes.DropSublayers(attention=(0, 1, 2, 3)),
     "quantised": "quantize(weights=4, group=32)",
     "both": ["quantize(weights=8)", "ngram"],
+    "tree": "ngram, tree",
+    "tree of both": ["quantize(weights=8)", "ngram", "tree"],
 }
 WAYS = (
     {},
@@ -268,7 +270,7 @@ def test_ngrams_learn_kept_text_only():
     [("mistral", ""), ("gpt2", ""), *(("llama-gqa", f"quantize-cache(bits={bits})") for bits in (8, 4))],
 )
 def test_logits_of_a_tree_are_those_of_each_of_its_chains(name, passes):
-    model = compiled(name, "ngram", passes)
+    model = compiled(name, "tree", passes)
     prompt, tree = prompts(1), np.random.default_rng(1).integers(3, zoo.VOCAB, (1, 7))
     depths = (0, 1, 2, 3, 2, 1, 2)
 
@@ -284,7 +286,7 @@ def test_logits_of_a_tree_are_those_of_each_of_its_chains(name, passes):
 
 
 def test_a_path_through_a_tree_stays_in_the_caches():
-    model = compiled()
+    model = compiled(draft="tree")
     prompt, tree = prompts(1), np.random.default_rng(2).integers(3, zoo.VOCAB, (1, 5))
     branched, plain = (Session.begin(model._runner, prompt) for _ in range(2))
     for session in (branched, plain):
@@ -300,7 +302,7 @@ def test_a_path_through_a_tree_stays_in_the_caches():
 
 
 def test_drafts_of_a_single_row_are_trees():
-    model, seen, branch = eager(compiled()), [], Session.branch
+    model, seen, branch = eager(compiled(draft="tree")), [], Session.branch
 
     def counted(session: Session, entry: str, tokens: np.ndarray, depths: list[int]) -> np.ndarray:
         seen.append(depths)
@@ -352,7 +354,7 @@ def test_a_tree_needs_positions_that_follow_its_depths():
     count = entry.calls(torch.ops.aten.arange.default)[0]
     double = entry.emit(torch.ops.aten.mul.Tensor, count, 1, before=next(iter(count.users)), made_by="test")
     next(iter(count.users)).replace_input_with(count, double)
-    changed, ledger = Pipeline([Draft(ngram=True)], check=False).run(program)
+    changed, ledger = Pipeline([Draft(ngram=True, tree=True)], check=False).run(program)
     assert "tree" not in changed.entries
     assert changed.info["draft"]["tree"] == ""
     assert "tokens are counted otherwise" in ledger.rows[0].changes.refused[0].reason

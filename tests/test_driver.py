@@ -181,19 +181,11 @@ def test_progress_names_the_stages():
 @pytest.mark.parametrize(
     ("draft", "entries", "spec"),
     [
-        ("ngram", {"prefill", "decode", "start", "tree"}, DraftSpec("", True, "tree")),
+        ("ngram", {"prefill", "decode", "start"}, DraftSpec("", True)),
+        ("skip-layers(layers=(1,))", {"prefill", "decode", "start", "draft"}, DraftSpec("draft", False)),
+        ([Quantize(weights=4), "ngram"], {"prefill", "decode", "start", "draft"}, DraftSpec("draft", True)),
         (
-            "skip-layers(layers=(1,))",
-            {"prefill", "decode", "start", "tree", "draft"},
-            DraftSpec("draft", False, "tree"),
-        ),
-        (
-            [Quantize(weights=4), "ngram"],
-            {"prefill", "decode", "start", "tree", "draft"},
-            DraftSpec("draft", True, "tree"),
-        ),
-        (
-            "skip-layers(layers=(1,)), ngram",
+            "skip-layers(layers=(1,)), ngram, tree",
             {"prefill", "decode", "start", "tree", "draft"},
             DraftSpec("draft", True, "tree"),
         ),
