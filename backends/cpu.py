@@ -37,6 +37,7 @@ BLOCK_ROWS = 128
 class Cpu(Backend):
     name: ClassVar[str] = "cpu"
     tunes: ClassVar[bool] = True
+    shares: ClassVar[bool] = True
 
     def identity(self, target: Target) -> tuple[str, ...] | None:
         return identity(target)

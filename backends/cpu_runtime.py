@@ -16,17 +16,18 @@ from numpy.typing import NDArray
 
 from sylvester.backends.cpu_library import Doubles, Library, choose
 from sylvester.backends.derived import stored_names, with_derived
-from sylvester.backends.memory import aligned, aligned_empty, aligned_zeros
+from sylvester.backends.memory import aligned, aligned_empty, aligned_zeros, small_pages
 from sylvester.backends.tensor_file import TensorFile
 from sylvester.compiler import binding, knobs
 from sylvester.compiler.errors import ArtefactError, CompileError, InputError
 from sylvester.compiler.manifest import WEIGHTS, EntrySpec, Manifest, TensorSpec
-from sylvester.compiler.runner import State, entry_of
+from sylvester.compiler.runner import SHARED, State, entry_of
 
 Array = NDArray[np.generic]
 OUT_OF_RANGE = 1
 ZERO_DIVISOR = 3
 NO_TREE = 4
+WRONG_BLOCKS = 5
 NO_MEMORY = -1
 KEPT_CALLS = 64
 
@@ -76,6 +77,11 @@ class Engine:
         return State(
             {n: aligned_zeros(s, binding.DTYPES.get(slots[n].dtype, slots[n].dtype)) for n, s in shapes.items()}
         )
+
+    def spare(self, state: State) -> None:
+        """Rows after the first will hold little of what comes next: memory they do not touch costs nothing."""
+        for array in state.arrays.values():
+            small_pages(array[1:])
 
     def run(
         self, entry: str, inputs: Mapping[str, Array], state: State | None = None, times: Array | None = None
@@ -225,7 +231,8 @@ def _wanted_threads(manifest: Manifest) -> int:
 
 def _error(code: int, value: int, spec: EntrySpec, arrays: Sequence[Array]) -> CompileError:
     if code == OUT_OF_RANGE:
-        return _out_of_range(value, [s for s, a in zip(spec.inputs, arrays, strict=True) if _holds(a, value)], spec)
+        given = [(s, a) for s, a in zip(spec.inputs, arrays, strict=True) if s.name != SHARED]
+        return _out_of_range(value, [s for s, a in given if _holds(a, value)], spec)
     if code == ZERO_DIVISOR:
         return InputError("an integer was divided by zero", hint="look for zeros among the integer inputs")
     if code == NO_TREE:
@@ -233,6 +240,9 @@ def _error(code: int, value: int, spec: EntrySpec, arrays: Sequence[Array]) -> C
             f"the depths of the tokens are no tree: found {value}",
             hint="give at most 16 tokens in preorder: 0 first, then at most one more than the depth before",
         )
+    if code == WRONG_BLOCKS:
+        expected = "ascending numbers of blocks of 64 keys, each once, then -1"
+        return InputError(f"a list of blocks of keys holds {value} out of place or range, expected {expected}")
     if code == NO_MEMORY:
         return CompileError("out of memory for the scratch space of the threads", hint="use a smaller batch or length")
     return CompileError(f"the compiled code failed with code {code} and value {value}")

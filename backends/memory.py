@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -22,6 +24,18 @@ def aligned_empty(shape: Sequence[int], dtype: str) -> NDArray[np.generic]:
 def aligned_zeros(shape: Sequence[int], dtype: str) -> NDArray[np.generic]:
     """Zeros; memory is committed when it is first written."""
     return _place(np.zeros(_room(shape, dtype), np.uint8), shape, dtype)
+
+
+def small_pages(array: NDArray[np.generic]) -> bool:
+    """Have untouched memory of a contiguous array committed in pages of 4 KiB, not of 2 MiB, where Linux can."""
+    advice = getattr(mmap, "MADV_NOHUGEPAGE", None)
+    start = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = array.ctypes.data + array.nbytes - start
+    if advice is None or length <= 0:
+        return False
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return int(advise(start, length, advice)) == 0
 
 
 def aligned(array: NDArray[np.generic]) -> NDArray[np.generic]:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from sylvester.codegen.prelude import render
 from sylvester.codegen.scalar import C_TYPES
+from sylvester.compiler.attention_operands import LISTED
 
 MaskKind = Literal["none", "float", "bool"]
 
@@ -25,6 +26,8 @@ _MASKS: dict[str, str] = {
 }
 STEADY_QUERIES = 16
 """Queries of a call over caches up to which each has the bits it would have alone."""
+SHARED_PARTS = 4
+"""Parts of the keys, shared and others, that a lowering leaves room for where rows of a batch share keys."""
 SPLIT_ROWS = 2048
 """Rows times parts of the keys that a lowering leaves room for."""
 
@@ -52,7 +55,7 @@ def attention_header(tuning: Tuning | None = None) -> str:
     choice = tuning or Tuning()
     shared = render(
         "attention.h.in", BLOCKS=choice.blocks, KEYS=choice.keys, FEW=choice.few, SPLIT=choice.split,
-        STEADY=STEADY_QUERIES,
+        STEADY=STEADY_QUERIES, LISTED=LISTED,
     )  # fmt: skip
     return shared + "".join(render(f"attention_{part}.h.in") for part in ("lanes", "bf16", "int8"))
 
@@ -101,3 +104,8 @@ def records_header() -> str:
 def part_floats(value_dim: int) -> int:
     """Floats of shared memory with which a call may split the keys among threads."""
     return SPLIT_ROWS * (value_dim + 2)
+
+
+def shared_floats(value_dim: int) -> int:
+    """More of them for every head of a batch whose rows share keys."""
+    return SHARED_PARTS * STEADY_QUERIES * (value_dim + 2)

@@ -15,6 +15,7 @@ from sylvester.codegen.layout import FormatName
 from sylvester.codegen.lazy import Arithmetic, Buffer, Extern, Lazy, Pointer, Shape, Strided, as_strided, of_buffer
 from sylvester.codegen.lowering import Fact, Lowering, lowers
 from sylvester.codegen.prelude import render
+from sylvester.compiler.attention_operands import LISTED
 from sylvester.compiler.errors import Unsupported
 
 aten, dialect = torch.ops.aten, torch.ops.sylvester
@@ -39,6 +40,8 @@ def attention(
     softcap: float = 0.0,
     *,
     depths: Lazy | None = None,
+    shared: Lazy | None = None,
+    blocks: Lazy | None = None,
     products: Arithmetic = "f32",
     records: str = "",
 ) -> Lazy:
@@ -51,22 +54,24 @@ def attention(
     name = f"sv_attention{NAMED[products]}_{head_dim}_{value_dim}_{kind}"
     stored = records or k.dtype
     name += "" if stored == "f32" else f"_{stored}"
+    name += "" if blocks is None else "_listed"
     q, k, v = (_repeated(x, fact.shape[0]) for x in (q, k, v))
     if k.shape[1] != v.shape[1]:
         k, v = (_repeated(x, *fact.shape[:2]) for x in (k, v))
     views = [unit_last(lowering, x) for x in (q, k, v)]
     covering = None if mask is None else _mask_view(lowering, mask, (*q.shape[:3], k.shape[2]))
-    position, tree = (None if x is None else lowering.contiguous(x) for x in (past, depths))
+    position = None if past is None else lowering.contiguous(past)
+    extra = _lists(lowering, fact, blocks) if blocks else (_number(lowering, shared), _number(lowering, depths))
     y, place = _token_major(lowering, fact)
     flops, traffic = attention_costs(q, k, v, past=past is not None, causal=causal)
     outer = [s for view in ((place, *views)) for s in view.strides[:3]]
     strides = [*outer, *(covering.strides if covering else [index(0)] * 4)]
     family = attention_family.attention(name, head_dim, value_dim, mask=kind, cache=stored, products=products)
-    part = _part(lowering, product(fact.shape[:3]), value_dim)
+    part = None if blocks else _part(lowering, fact.shape, value_dim, shared is not None)
     lowering.extern(
         Extern(
             f"{name}_call",
-            family + render("attention_call.c.in", NAME=name),
+            family + render(f"attention_{'blocks' if blocks else 'call'}.c.in", NAME=name),
             (
                 Pointer(y.name, index(0)),
                 *(Pointer(w.buffer, w.offset, d) for w, d in zip(views, ("f32", k.dtype, v.dtype), strict=True)),
@@ -84,11 +89,12 @@ def attention(
                 index(int(causal)),
                 index(window),
                 f"{float(softcap)!r}f",
-                None if tree is None else Pointer(tree.name, index(0), "i64"),
+                *extra,
             ),
             writes=(y.name, *([part.name] if part else [])),
             reads=tuple(w.buffer for w in (*views, *([covering] if covering else [])))
-            + tuple(b.name for b in (position, tree) if b),
+            + ((position.name,) if position else ())
+            + tuple(x.buffer for x in extra if isinstance(x, Pointer)),
             work=product(q.shape[:3]) * k.shape[2] * head_dim * 2,
             scratch=(f"{name}_scratch", ()),
             flops=flops,
@@ -109,26 +115,47 @@ def attention(
 @lowers(dialect.attention_bf16.default, bf16=True)
 def attention_bf16(lowering: Lowering, fact: Fact, *operands: Any, **optional: Any) -> Lazy:
     """Products of bfloat16 pairs where the instruction set has them; tuned as the float32 one, which has its tiles."""
-    return attention(lowering, fact, *operands, **optional, products="bf16")
+    return attention(lowering, fact, *operands, products="bf16", **optional)
 
 
 @lowers(dialect.attention_int8.default, bf16=True)
 def attention_int8(lowering: Lowering, fact: Fact, *operands: Any, **optional: Any) -> Lazy:
     """Products of bytes where the instruction set multiplies four at a time; tuned as the float32 one."""
-    return attention(lowering, fact, *operands, **optional, products="int8")
+    return attention(lowering, fact, *operands, products="int8", **optional)
 
 
 @lowers(dialect.attention_q.default)
 def attention_q(lowering: Lowering, fact: Fact, *operands: Any, **optional: Any) -> Lazy:
-    *shared, bits = operands
-    return attention(lowering, fact, *shared, **optional, records=f"q{bits}")
+    *given, bits = operands
+    return attention(lowering, fact, *given, records=f"q{bits}", **optional)
 
 
-def _part(lowering: Lowering, rows: Index, value_dim: int) -> Buffer | None:
+def _number(lowering: Lowering, given: Lazy | None) -> Pointer | None:
+    """How many keys all rows of the batch share, or how deep each query is."""
+    return None if given is None else Pointer(lowering.contiguous(given).name, index(0), "i64")
+
+
+def _lists(lowering: Lowering, fact: Fact, blocks: Lazy) -> tuple[Pointer | Index, ...]:
+    """Lists of blocks of keys, how long they are, and their strides over batch, head and block of queries."""
+    if blocks.dtype != "i64":
+        raise Unsupported(f"attention over blocks listed as {blocks.dtype} has no lowering", hint="give int64")
+    count = (fact.shape[2] + LISTED - 1) // LISTED
+    lists = _mask_view(lowering, blocks, (*fact.shape[:2], count, blocks.shape[-1]))
+    if lists.strides[3] != index(1):
+        stored = lowering.realize(Lazy(blocks.shape, blocks.dtype, blocks.at))
+        lists = _mask_view(lowering, stored, (*fact.shape[:2], count, blocks.shape[-1]))
+    return Pointer(lists.buffer, lists.offset, "i64"), blocks.shape[-1], *lists.strides[:3]
+
+
+def _part(lowering: Lowering, shape: Shape, value_dim: int, shared: bool) -> Buffer | None:
     """Memory for the results of parts of the keys, unless there are too many rows to split them."""
-    if rows.constant is not None and 2 * rows.constant > attention_family.SPLIT_ROWS:
+    rows = product(shape[:3]).constant
+    if rows is not None and 2 * rows > attention_family.SPLIT_ROWS and not shared:
         return None
-    return lowering.buffer("arena", (index(attention_family.part_floats(value_dim)),), "f32")
+    floats = index(attention_family.part_floats(value_dim))
+    if shared:
+        floats = floats + shape[0] * shape[1] * attention_family.shared_floats(value_dim)
+    return lowering.buffer("arena", (floats,), "f32")
 
 
 @lowers(aten.scaled_dot_product_attention.default)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sylvester.compiler.errors import InputError
 from sylvester.compiler.manifest import EntrySpec, SlotSpec, Symbol, TensorSpec
-from sylvester.compiler.runner import State
+from sylvester.compiler.runner import SHARED, State
 from sylvester.compiler.sizes import evaluate, solve, symbols
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ DTYPES = {"bfloat16": "uint16"}
 
 
 def is_position(spec: TensorSpec, entry: EntrySpec) -> bool:
-    """Whether an input is the number of positions already in the state."""
+    """Whether an input is the number of positions already in the state, or of those that rows share."""
     return bool(entry.states) and not spec.shape and spec.dtype.startswith("int")
 
 
@@ -41,7 +41,8 @@ def complete(
     arrays = []
     for spec in entry.inputs:
         if is_position(spec, entry):
-            arrays.append(np.array(state.position if state else 0, dtype=spec.dtype))
+            held = 0 if state is None else state.shared if spec.name == SHARED else state.position
+            arrays.append(np.array(held, dtype=spec.dtype))
         else:
             arrays.append(_checked(spec, inputs[spec.name]))
     return arrays

@@ -137,10 +137,12 @@ def attention_q(
     bits: int,
     *,
     depths: Tensor | None = None,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """`attention` over records k and v [batch, kv heads, keys, bytes] of as many features as q has."""
     keys, values = (dequantize_records(t, q.shape[-1], bits).to(q.dtype) for t in (k, v))
-    return attention.reference(q, keys, values, mask, past, scale, causal, window, softcap, depths=depths)
+    given = (q, keys, values, mask, past, scale, causal, window, softcap)
+    return attention.reference(*given, depths=depths, shared=shared)
 
 
 UPDATES: frozenset[Any] = frozenset({kv_update.target, kv_update_q.target})

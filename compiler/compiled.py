@@ -18,6 +18,7 @@ from sylvester.compiler.drafts import Drafters, Drafting
 from sylvester.compiler.errors import InputError
 from sylvester.compiler.manifest import REPORT_HTML, Manifest
 from sylvester.compiler.outputs import package
+from sylvester.compiler.prefix import Sharing
 from sylvester.compiler.runner import Runner
 from sylvester.compiler.sampling import Sampling
 from sylvester.compiler.session import generation_of
@@ -38,6 +39,8 @@ class Compiled:
         """Facts about the compilation, as saved in report.json."""
         self._pool = SessionPool()
         self._discard: weakref.finalize[Any, Compiled] | None = None
+        self.sharing = Sharing()
+        """What sharing the beginnings of prompts did in all calls so far."""
 
     @staticmethod
     def owning(folder: Path, *, threads: int | None = None) -> Compiled:
@@ -113,6 +116,7 @@ class Compiled:
         chunk: int | None = None,
         reuse: bool | None = None,
         draft: bool | str | None = None,
+        share: bool | None = None,
     ) -> Any:
         """Continue a prompt: token ids [batch, length] give ids with the new ones appended, text gives the new text.
 
@@ -132,11 +136,14 @@ class Compiled:
         `draft` None drafts with what the model was compiled to draft with, if anything, "ngram" with what was read
         before, False not at all. The tokens are the same: drafts are read together and kept as far as the model chooses
         them itself, from the same bits and random numbers. `drafting` says how it went.
+
+        Prompts of a batch that begin alike, as several samples of one do: `share` None reads and keeps what all begin
+        with once, if that pays and is the same but for rounding; True always, False never. `sharing` says what it did.
         """
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
-        options = generation.Options(max_new_tokens, sampling, seed, stop, chunk, reuse, draft)
+        options = generation.Options(max_new_tokens, sampling, seed, stop, chunk, reuse, draft, share)
         generation_of(self.manifest)
-        writer = Writer(self._runner, self._pool, lambda: self.tokenizer, self._drafters)
+        writer = Writer(self._runner, self._pool, lambda: self.tokenizer, self._drafters, self.sharing)
         return writer.stream(prompt, options) if stream else writer.whole(prompt, options)
 
     @property

@@ -73,10 +73,11 @@ def fused_attention(
     causal: bool,
     window: int,
     softcap: float = 0.0,
+    **optional: Tensor | None,
 ) -> Tensor:
     """`ops.attention` where every query sees a key: memory is linear in the keys, also for the gradient."""
-    if mask is not None or softcap or (window and not causal):
-        return ops.attention.reference(q, k, v, mask, past, scale, causal, window, softcap)
+    if mask is not None or softcap or (window and not causal) or any(x is not None for x in optional.values()):
+        return ops.attention.reference(q, k, v, mask, past, scale, causal, window, softcap, **optional)
     k, v = (ops.repeated_heads(t.to(q.dtype), q) for t in (k, v))
     if past is None and not window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)

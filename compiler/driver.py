@@ -47,6 +47,8 @@ RAISE = (
 )
 DERIVE = ("derive-decode", "last-logits")
 """For causal language models: needs attention and positions in raised form."""
+SHARE = "share-prefix"
+"""For programs with caches: last, so that no other pass meets what it adds."""
 
 SEARCH = "sylvester.passes.search:Search"
 """The recipe that keeps a budget."""
@@ -113,6 +115,7 @@ def compile(
             step = drafts.expand(program, backend.machine(program, chosen))
         program, drafted = _rewrite(program, (step,), report)
         rewrites, rewritten = (*rewrites, step), Ledger(rewritten.rows + drafted.rows)
+    program = _shared(program, backend)
     folder = compile_cache.workplace(key)
     try:
         manifest = backend.build(program, chosen, folder, report)
@@ -163,6 +166,16 @@ def _derive(program: Program, ledger: Ledger, progress: Progress) -> tuple[Progr
         )
     program, derived = _rewrite(program, _built_in(DERIVE), progress)
     return program, Ledger(ledger.rows + derived.rows)
+
+
+def _shared(program: Program, backend: Any) -> Program:
+    """With attention that reads what rows of a batch share once, where the backend can; a note where it cannot be."""
+    if not program.state or not getattr(backend, "shares", False):
+        return program
+    program, ledger = Pipeline(_built_in((SHARE,)), check=False).run(program)
+    refused = [f"prompts that begin alike are kept row by row: {r.reason}" for r in ledger.rows[0].changes.refused]
+    program.info["notes"] = [*program.info.get("notes", ()), *refused]
+    return program
 
 
 def _limit_length(program: Program, max_length: int) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sylvester.compiler.drafts import Drafters, Drafting
 from sylvester.compiler.errors import InputError, Unsupported
 from sylvester.compiler.manifest import Manifest
+from sylvester.compiler.prefix import Sharing, share
 from sylvester.compiler.prompts import require_fit
 from sylvester.compiler.runner import Runner
 from sylvester.compiler.sampling import Sampling, require
@@ -30,7 +31,8 @@ class Options:
 
     `stop` are ids, and for text also texts; None, or texts only: the ids that the model's config names. `chunk` tokens
     of a prompt are read at once, 0 for all; `reuse` goes on from the caches of an earlier call. Their None is 512 and
-    True where reading a prompt in parts computes the same, else 0 and False.
+    True where reading a prompt in parts computes the same, else 0 and False. `share` reads what all rows of a batch
+    begin with once; None where it computes the same and pays.
     """
 
     max_new_tokens: int | None = None
@@ -40,13 +42,15 @@ class Options:
     chunk: int | None = None
     reuse: bool | None = None
     draft: bool | str | None = None
+    share: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "seed", "chunk"):
             if (value := getattr(self, name)) is not None:
                 require(name, value, Integral, lambda n: n >= 0, "a whole number, 0 or more, or None")
-        if not isinstance(self.reuse, bool | None):
-            raise InputError(f"reuse is {self.reuse!r}, expected True, False or None")
+        for name in ("reuse", "share"):
+            if not isinstance(value := getattr(self, name), bool | None):
+                raise InputError(f"{name} is {value!r}, expected True, False or None")
         if self.draft not in (None, True, False, "ngram"):
             raise InputError(f"draft is {self.draft!r}, expected 'ngram', False, or None for what was compiled")
         for item in self._stops():
@@ -82,6 +86,7 @@ def steps(
     pool: SessionPool | None = None,
     rows: Sequence[int] = (),
     drafters: Drafters | None = None,
+    sharing: Sharing | None = None,
 ) -> Iterator[Ids]:
     """The new token of every row [batch], step by step, until the limit or until every row has stopped.
 
@@ -98,6 +103,7 @@ def steps(
     chunk = options.chunk if options.chunk is not None else CHUNK if uniform else 0
     pool = pool if pool is not None and (uniform if options.reuse is None else options.reuse) else SessionPool(kept=0)
     session = pool.take(runner, prompt, chunk)
+    share(session, prompt, options.share, sharing or Sharing())
     draws = [
         np.random.default_rng(np.random.SeedSequence(options.seed, spawn_key=(row,)))
         for row in rows or range(len(prompt))

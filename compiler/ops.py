@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sylvester.compiler import hadamard as matrices
+from sylvester.compiler.attention_operands import require_alone, with_blocks, with_shared
 from sylvester.compiler.token_tree import tree_positions, tree_visible
 
 NAMESPACE = "sylvester"
@@ -228,6 +229,8 @@ def attention(
     softcap: float = 0.0,
     *,
     depths: Tensor | None = None,
+    shared: Tensor | None = None,
+    blocks: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T * scale + mask) v over q [batch, heads, queries, d], k and v [batch, kv heads, keys, d].
 
@@ -237,8 +240,13 @@ def attention(
     is 0. k and v may be bfloat16. `softcap` c > 0 makes scores s, before the mask, c tanh(s / c) (Gemma 2, 2024).
     `depths` (int64 [queries], with `past`) makes the queries a tree of tokens in preorder, of which each sees the keys
     before `past`, its ancestors and itself; it stands at past + its depth.
+    `shared` (0-d int64, with `past`): keys at positions below it are those of row 0 for the whole batch (Hydragen,
+    2024). `blocks` (without `past`): int64 [(batch,) (heads,) blocks of queries, most], ascending numbers of the blocks
+    of 64 keys that 64 queries may see, then -1.
     """
-    k, v = (repeated_heads(t.to(q.dtype), q) for t in (k, v))
+    require_alone(past, shared, blocks)
+    mask = with_blocks(mask, blocks, q.shape[2], k.shape[2])
+    k, v = (repeated_heads(with_shared(t, shared).to(q.dtype), q) for t in (k, v))
     return attention_weights(q, k, mask, past, scale, causal, window, softcap, depths) @ v
 
 

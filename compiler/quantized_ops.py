@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sylvester.compiler.attention_operands import require_alone, with_blocks, with_shared
 from sylvester.compiler.ops import (
     Cost,
     Ints,
@@ -228,13 +229,17 @@ def attention_bf16(
     softcap: float = 0.0,
     *,
     depths: Tensor | None = None,
+    shared: Tensor | None = None,
+    blocks: Tensor | None = None,
 ) -> Tensor:
     """`attention` with q, k, v and the softmax rounded to bfloat16 where they are multiplied; all sums are float32.
 
     A backend may round q times a constant instead of q, round the softmax before its division, or not round at all:
     each of these is as close to the exact result.
     """
-    rounded = [t.to(BF16).to(q.dtype) for t in (q, k, v)]
+    require_alone(past, shared, blocks)
+    mask = with_blocks(mask, blocks, q.shape[2], k.shape[2])
+    rounded = [t.to(BF16).to(q.dtype) for t in (q, with_shared(k, shared), with_shared(v, shared))]
     q, k, v = rounded[0], *(repeated_heads(t, q) for t in rounded[1:])
     weights = attention_weights(q, k, mask, past, scale, causal, window, softcap, depths)
     return weights.to(BF16).to(q.dtype) @ v
@@ -278,6 +283,8 @@ def attention_int8(
     softcap: float = 0.0,
     *,
     depths: Tensor | None = None,
+    shared: Tensor | None = None,
+    blocks: Tensor | None = None,
 ) -> Tensor:
     """`attention` with products of whole numbers, after SageAttention2 (Zhang et al., 2024).
 
@@ -290,7 +297,10 @@ def attention_int8(
     result. Means and scales are also of keys that a query does not see: these move its result, by no more than rounding
     does.
     """
-    (k, low), (v, mean) = (_centred(repeated_heads(t.to(q.dtype), q), past, q.shape[2]) for t in (k, v))
+    require_alone(past, shared, blocks)
+    mask = with_blocks(mask, blocks, q.shape[2], k.shape[2])
+    wide = (repeated_heads(with_shared(t, shared).to(q.dtype), q) for t in (k, v))
+    (k, low), (v, mean) = (_centred(t, past, q.shape[2]) for t in wide)
     shift = q @ low.transpose(-2, -1)
     with_shift = torch.cat([_stepped(q, -1), shift], -1), torch.cat([_stepped(k, -1), torch.ones_like(k[..., :1])], -1)
     weights = attention_weights(*with_shift, mask, past, scale, causal, window, softcap, depths)

@@ -133,11 +133,30 @@ class Session:
         """How many tokens from here on the same entry reads."""
         return self._length(self.position, self.limit - self.position) if self.position else self.limit
 
+    def share(self, tokens: Ids, keep: bool) -> None:
+        """Read what row 0 alone needs of tokens [n], the first of every row.
+
+        With `keep`, row 0 holds their keys and values for all rows; else the others get copies.
+        """
+        start, end = self.position, len(tokens)
+        if keep and not start:
+            getattr(self.runner, "spare", bool)(self.state)
+        if start < end:
+            first = State({name: array[:1] for name, array in self.state.arrays.items()}, start)
+            Session(self.runner, first, 1, self.prompt, self.chunk).feed(tokens[None, start:])
+            self._tokens[:, start:end] = tokens[start:]
+            self.state.position = end
+        if keep:
+            self.state.shared = end
+            return
+        for array in self.state.arrays.values() if start < end else ():
+            array[1:, :, start:end] = array[:1, :, start:end]
+
     def rewind(self, position: int) -> None:
         """Forget the tokens from `position` on. What the caches hold of them is never read, and is written anew."""
         if not 0 <= position <= self.position:
             raise InputError(f"cannot go to position {position}, the caches hold positions 0 to {self.position}")
-        self.state.position = position
+        self.state.position, self.state.shared = position, min(self.state.shared, position)
 
     def _calls(self, tokens: Ids, first: str) -> list[tuple[str, Ids]]:
         """(entry, tokens) of every call: `first` at position 0, then the stages of `decode`."""

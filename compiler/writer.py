@@ -11,6 +11,7 @@ from sylvester.compiler.arrays import is_tensor, to_tensor
 from sylvester.compiler.drafts import Drafters
 from sylvester.compiler.errors import InputError
 from sylvester.compiler.generation import Options, budget, steps
+from sylvester.compiler.prefix import Sharing
 from sylvester.compiler.runner import Runner
 from sylvester.compiler.session_pool import SessionPool
 
@@ -30,6 +31,7 @@ class Writer:
     pool: SessionPool
     tokenizer: Callable[[], Tokenizer]
     drafters: Drafters
+    sharing: Sharing
 
     def stream(self, prompt: Any, options: Options) -> Iterator[Any]:
         """Pieces of text, new ids of a single row, or arrays [batch] of new ids."""
@@ -90,7 +92,7 @@ class Writer:
             raise InputError(
                 f"stop has the text {options.stop_texts[0]!r}, but the prompt is token ids", hint="stop=(id, ...)"
             )
-        return steps(self.runner, ids, options, self.pool, rows, self.drafters)
+        return steps(self.runner, ids, options, self.pool, rows, self.drafters, self.sharing)
 
     def _pieces(self, prompt: str, options: Options, row: int = 0) -> Iterator[str]:
         new = steps(self.runner, self._encoded(prompt), options, self.pool, (row,), self.drafters)

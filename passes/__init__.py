@@ -28,6 +28,7 @@ PASSES = {
     "share-attention": "sylvester.passes.share_attention:ShareAttention",
     "share-basis": "sylvester.passes.share_basis:ShareBasis",
     "share-blocks": "sylvester.passes.share_blocks:ShareBlocks",
+    "share-prefix": "sylvester.passes.share_prefix:SharePrefix",
     "skip-ffn": "sylvester.passes.skip_ffn:SkipFFN",
     "skip-layers": "sylvester.passes.skip_layers:SkipLayers",
     "sparsify-activations": "sylvester.passes.sparsify_activations:SparsifyActivations",

@@ -143,9 +143,8 @@ def _read(entry: Entry, bits: int) -> None:
         if cast(fx.Node, node.args[1]).target is kv_update_q.target:
             given, declared = arguments(node), parameters(node.target)
             args = [given[p.name] for p in declared if not p.keyword_only]
-            named = {p.name: given[p.name] for p in declared if p.keyword_only}
-            new = entry.emit(attention_q.target, *args, bits, before=node, made_by=QuantizeCache.name, **named)
-            entry.replace(node, new)
+            named: dict[str, Any] = {**node.kwargs, "before": node, "made_by": QuantizeCache.name}
+            entry.replace(node, entry.emit(attention_q.target, *args, bits, **named))
 
 
 def _sizes(old: StateSlot, new: StateSlot) -> str:

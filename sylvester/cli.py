@@ -110,7 +110,7 @@ def compile_command(
     draft: Annotated[
         str | None,
         typer.Option(
-            help="What proposes tokens while generating: passes that make a cheaper decode step, swift or exit, ngram, tree."
+            help="What proposes tokens while generating: passes for a cheaper decode step, swift or exit, ngram, tree."
         ),
     ] = None,
     as_json: Json = False,

@@ -24,6 +24,7 @@ from tests import (
     test_kernels_hadamard,
     test_kernels_math,
     test_kernels_records,
+    test_kernels_shared,
 )
 
 pytestmark = [
@@ -43,6 +44,7 @@ KERNELS = {
     "attention int8": lambda isa: test_kernels_attention_int8.check(
         isa, 2, test_kernels_attention_int8.INSTANCES[:3], [test_kernels_attention_int8.CASE]
     ),
+    "shared records": lambda isa: test_kernels_shared.check_records(isa, 8),
     "conv2d": lambda isa: test_kernels_conv2d.test_conv2d(isa, 2, 0),
     "hadamard": lambda isa: test_kernels_hadamard.test_every_kind_of_base(isa, "lanes"),
     "hadamard fourier": lambda isa: test_kernels_hadamard.test_every_kind_of_base(isa, "fourier"),

@@ -53,7 +53,8 @@ class Args(ctypes.Structure):
         + [(name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "rows", "keys")]
         + [(f"{name}_stride", ctypes.c_int64 * 3) for name in "yqkv"]
         + [("mask_stride", ctypes.c_int64 * 4), ("scale", ctypes.c_float), ("causal", ctypes.c_int)]
-        + [("offset", ctypes.c_int64), ("window", ctypes.c_int64), ("steady", ctypes.c_int)]
+        + [(name, ctypes.c_int64) for name in ("offset", "window", "shared", "begin")]
+        + [("steady", ctypes.c_int)]
         + [("softcap", ctypes.c_float), ("depths", ctypes.c_void_p)]
     )
 
@@ -97,7 +98,7 @@ def pack_args(y, q, k, v, mask, case, part=None, softcap=0.0):
     scale = q.shape[-1] ** -0.5
     shared = (None, 0) if part is None else (part.ctypes.data, part.size)
     by_mask = (ctypes.c_int64 * 4)(*four)
-    return Args(*pointers, address, *shared, *sizes, *steps, by_mask, scale, causal, offset, window, 0, softcap)
+    return Args(*pointers, address, *shared, *sizes, *steps, by_mask, scale, causal, offset, window, 0, 0, 0, softcap)
 
 
 def make_operands(rng, d, dv, cache, case):

@@ -47,7 +47,8 @@ def source(instances: list[Instance], tuning: Tuning | None = None) -> str:
     for instance in instances:
         name = name_of(*instance)
         given = ", ".join([*(f"p[{n}]" for n in range(7)), *(f"i[{n}]" for n in range(22))])
-        call = f"a{name}_call(t, {given}, sv_float((uint32_t)i[22]), i[23], i[24], sv_float((uint32_t)i[25]), NULL);"
+        cap = "sv_float((uint32_t)i[25])"
+        call = f"a{name}_call(t, {given}, sv_float((uint32_t)i[22]), i[23], i[24], {cap}, NULL, NULL);"
         parts += [attention(f"a{name}", *instance, products="int8"), render("attention_call.c.in", NAME=f"a{name}")]
         parts.append(export(name, call, f"a{name}_scratch"))
     return "".join(parts)

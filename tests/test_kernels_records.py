@@ -35,7 +35,8 @@ def instance_text(d: int, mask: str, bits: int) -> str:
     name = name_of(d, mask, bits)
     given = ", ".join([*(f"p[{n}]" for n in range(7)), *(f"i[{n}]" for n in range(22))])
     made = attention(f"a{name}", d, d, mask, cache=f"q{bits}") + render("attention_call.c.in", NAME=f"a{name}")
-    call = f"a{name}_call(t, {given}, sv_float((uint32_t)i[22]), i[23], i[24], sv_float((uint32_t)i[25]), NULL);"
+    cap = "sv_float((uint32_t)i[25])"
+    call = f"a{name}_call(t, {given}, sv_float((uint32_t)i[22]), i[23], i[24], {cap}, p[7], NULL);"
     return made + export(name, call, f"a{name}_scratch")
 
 
@@ -71,7 +72,7 @@ def call(
     steps += [0] * 4 if mask is None else strides(mask, 4)
     scale, cap = (int(np.float32(x).view(np.uint32)) for x in (d**-0.5, softcap))
     sizes = [part_floats(d) if part else 0, batch, heads, kv_heads, rows, most if past is not None else keys]
-    operands = [y, q, k.numpy(), v.numpy(), mask, past, room]
+    operands = [y, q, k.numpy(), v.numpy(), mask, past, room, None]
     assert run(lib, made, name_of(*instance), [*sizes, *steps, scale, causal, window, cap], operands) == 0
     expected = case if past is None else (*case[:5], offset + rows, *case[6:])
     wide = [dequantize_records(t, d, bits).numpy() for t in (k, v)]

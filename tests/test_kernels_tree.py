@@ -29,7 +29,7 @@ def text_of(instance):
     """One attention with its sizes i[] and operands p[], as a plan calls it."""
     name = f"a{name_of(*instance)}"
     given = ", ".join([*(f"p[{n}]" for n in range(7)), *(f"i[{n}]" for n in range(22))])
-    call = f"{name}_call(t, {given}, sv_float((uint32_t)i[22]), 1, i[23], 0, p[7]);"
+    call = f"{name}_call(t, {given}, sv_float((uint32_t)i[22]), 1, i[23], 0, NULL, p[7]);"
     return (
         attention(name, *instance)
         + render("attention_call.c.in", NAME=name)
