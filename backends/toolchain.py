@@ -24,9 +24,23 @@ GLIBC = "2.17"
 _SHOWN_LINES = 20
 _FLAGS = ("-std=gnu11", "-O3", "-fvisibility=hidden", "-fopenmp-simd")
 _SHARED = ("-fPIC", "-pthread")
-_MODULE = ("-mexec-model=reactor", "-Wl,--import-memory", "-Wl,--export-dynamic", "-Wl,-z,stack-size=524288")
+_MODULE = (
+    "-mexec-model=reactor",
+    "-Wl,--import-memory",
+    "-Wl,--export-dynamic",
+    "-Wl,--export=__heap_base",
+    "-Wl,--export=__stack_pointer",
+    "-Wl,-z,stack-size=524288",
+)
 """Of WebAssembly, whose memory the page makes."""
-_THREADS = ("-Wl,--shared-memory", "-Wl,--max-memory=4294901760")
+_THREADS = (
+    "-Wl,--shared-memory",
+    "-Wl,--max-memory=4294901760",
+    "-Wl,--export=__wasm_init_tls",
+    "-Wl,--export=__tls_size",
+    "-Wl,--export=__tls_align",
+)
+"""Every thread has an instance, stack and thread-local data of its own over the shared memory."""
 _MATH = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 
 

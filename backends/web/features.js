@@ -1,0 +1,58 @@
+/** Which build of the code this engine can run, and why not a faster one. */
+
+import { UnsupportedError } from "./errors.js";
+import { cores, isNode } from "./platform.js";
+
+const HEADER = [0, 97, 115, 109, 1, 0, 0, 0];
+const RETURNS_VECTOR = [1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0];
+/** Modules of one function each: a splat, a relaxed swizzle, an atomic load. */
+const PROBES = {
+  simd: [...RETURNS_VECTOR, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11],
+  relaxed: [...RETURNS_VECTOR, 10, 15, 1, 13, 0, 65, 1, 253, 15, 65, 2, 253, 15, 253, 128, 2, 11],
+  atomics: [1, 4, 1, 96, 0, 0, 3, 2, 1, 0, 5, 4, 1, 3, 1, 1, 10, 11, 1, 9, 0, 65, 0, 254, 16, 2, 0, 26, 11],
+};
+/** More threads than this rarely pay: the bandwidth of memory is used up. */
+const MOST_THREADS = 8;
+
+/** V8 11.3 lets a thread pass a barrier when a loop that waits becomes optimised code. */
+const SAFE_NODE = 22;
+const NOT_ISOLATED =
+  "the page is not cross-origin isolated; serve it with the headers Cross-Origin-Opener-Policy: same-origin and " +
+  "Cross-Origin-Embedder-Policy: require-corp";
+
+const has = (/** @type {keyof typeof PROBES} */ name) =>
+  WebAssembly.validate(new Uint8Array([...HEADER, ...PROBES[name]]));
+
+/** From the best build down. */
+const ORDER = ["relaxed-threads", "simd128-threads", "relaxed", "simd128"];
+
+/**
+ * @param {string[]} carried the builds of the artefact
+ * @param {{threads?: number, isa?: string}} wanted
+ * @returns {Promise<{isa: string, threads: number, notes: string[]}>}
+ */
+export async function choose(carried, { threads: asked, isa: forced }) {
+  const most = asked ?? Math.min(MOST_THREADS, await cores());
+  const notes = [];
+  for (const isa of ORDER) {
+    if (forced && isa !== forced) continue;
+    const reason = refusal(isa, carried, most);
+    if (!reason) return { isa, threads: isa.endsWith("-threads") ? most : 1, notes };
+    notes.push(`${isa} is not used: ${reason}`);
+  }
+  const hint = forced ? "leave out `isa`" : "update the browser, or compile for every build";
+  throw new UnsupportedError(notes.join("; ") || `no build is named ${forced}, there are ${ORDER.join(", ")}`, { hint });
+}
+
+/** @param {string} isa @param {string[]} carried @param {number} threads */
+function refusal(isa, carried, threads) {
+  if (!carried.includes(isa)) return "the model was compiled without it";
+  if (!has("simd")) return "this engine has no SIMD128";
+  if (isa.startsWith("relaxed") && !has("relaxed")) return "this engine has no relaxed SIMD";
+  if (!isa.endsWith("-threads")) return "";
+  if (threads < 2) return "one thread was asked for, or there is one core";
+  if (typeof SharedArrayBuffer === "undefined" || !(isNode || globalThis.crossOriginIsolated)) return NOT_ISOLATED;
+  if (isNode && parseInt(process.versions.node) < SAFE_NODE)
+    return `threads need Node ${SAFE_NODE}: older engines leave loops early when they optimise them`;
+  return has("atomics") ? "" : "this engine has no atomics";
+}

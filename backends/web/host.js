@@ -1,0 +1,87 @@
+/** What runs beside the page: one model, and the calls of it one after another. */
+
+import { embed } from "./embed.js";
+import { InputError, toPlain, UnsupportedError } from "./errors.js";
+import { generate } from "./generate.js";
+import { loadModel } from "./loading.js";
+import { Session } from "./session.js";
+
+export class Host {
+  /** @param {(message: object, transfer?: ArrayBuffer[]) => void} post */
+  constructor(post) {
+    this.post = post;
+    /** @type {Map<number, AbortController>} */
+    this.running = new Map();
+    this.last = Promise.resolve();
+  }
+
+  hear({ id, method, argument, abort }) {
+    if (abort !== undefined) return this.running.get(abort)?.abort();
+    const controller = new AbortController();
+    this.running.set(id, controller);
+    const event = (/** @type {object} */ value) => this.post({ id, event: value });
+    this.last = this.last.then(() => this.answer(id, () => this[method](argument, controller.signal, event)));
+  }
+
+  async answer(id, work) {
+    try {
+      const { value, transfer } = await work();
+      this.post({ id, value, memory: this.model?.engine.heap.bytes }, transfer);
+    } catch (error) {
+      this.post({ id, error: toPlain(error) });
+    }
+    this.running.delete(id);
+  }
+
+  async load({ kept, ...wanted }, signal, report) {
+    try {
+      this.model = await loadModel(wanted, kept, { signal, report });
+    } catch (error) {
+      report({ kept });
+      throw error;
+    }
+    const { engine, facts, tokenizer } = this.model;
+    const { files, ...manifest } = engine.manifest;
+    return { value: { facts, manifest, text: !!tokenizer && !tokenizer.error } };
+  }
+
+  async run({ inputs, entry }) {
+    const { engine } = this.model;
+    const { entries } = engine.manifest;
+    const name = entry ?? ["forward", "prefill"].find((known) => known in entries) ?? Object.keys(entries)[0];
+    const outputs = await engine.run(name, inputs);
+    const value = Object.fromEntries(
+      Object.entries(outputs).map(([key, { data, ...rest }]) => [key, { ...rest, data: data.slice() }]),
+    );
+    return { value, transfer: Object.values(value).map(({ data }) => data.buffer) };
+  }
+
+  async generate({ prompt, options }, signal, onToken) {
+    const text = typeof prompt === "string";
+    if (!text && !(Array.isArray(prompt) || ArrayBuffer.isView(prompt)))
+      throw new InputError(`the prompt is a ${typeof prompt}, expected a text or token ids`);
+    this.session ??= new Session(this.model.engine);
+    const ids = text ? this.tokenizer.encode(prompt) : Array.from(prompt, Number);
+    const decode = text || !this.hasText ? undefined : this.tokenizer.decode;
+    return { value: await generate(this.session, ids, options, text ? this.tokenizer.decode : decode, { signal, onToken }) };
+  }
+
+  async embed({ texts, options }) {
+    const vectors = [];
+    for (const text of texts) vectors.push(await embed(this.model.engine, this.tokenizer.encode, text, options));
+    return { value: vectors, transfer: vectors.map((vector) => vector.buffer) };
+  }
+
+  get hasText() {
+    return !!this.model.tokenizer && !this.model.tokenizer.error;
+  }
+
+  get tokenizer() {
+    const { tokenizer } = this.model;
+    if (tokenizer?.error) throw tokenizer.error;
+    if (tokenizer) return tokenizer;
+    throw new UnsupportedError("this model has no tokenizer, so that texts cannot be read", {
+      hint: "give token ids, or compile a model folder that has a tokenizer.json",
+    });
+  }
+}

@@ -1,0 +1,61 @@
+/** Models that `sylvester compile --target wasm` wrote, in a page, a worker, or Node. */
+
+import { Client } from "./client.js";
+import { InputError } from "./errors.js";
+import { folderUrl } from "./platform.js";
+
+export * from "./errors.js";
+
+/** What downloads that broke off left, where there is no storage. @type {Map<string, Uint8Array>} */
+const kept = new Map();
+
+/** @type {typeof import("./model.js").load} */
+export async function load(given, more = {}) {
+  const plain = typeof given === "string" || given instanceof URL;
+  const { url, signal, onProgress, ...wanted } = plain ? { ...more, url: given } : given;
+  if (!url) throw new InputError("load() was given no url", { hint: "load('./bundle/')" });
+  const client = await Client.start();
+  const onEvent = (event) => (event.kept ? event.kept.forEach((part, name) => kept.set(name, part)) : onProgress?.(event));
+  try {
+    const argument = { ...wanted, url: await folderUrl(url), kept };
+    return new Model(client, await client.call("load", argument, { signal, onEvent }));
+  } catch (error) {
+    client.end();
+    throw error;
+  }
+}
+
+export class Model {
+  #client;
+  #loaded;
+
+  constructor(client, loaded) {
+    this.#client = client;
+    this.#loaded = loaded;
+  }
+
+  get manifest() {
+    return this.#loaded.manifest;
+  }
+
+  get facts() {
+    return { ...this.#loaded.facts, text: this.#loaded.text, memory: this.#client.memory };
+  }
+
+  async run(inputs, { entry } = {}) {
+    return this.#client.call("run", { inputs, entry });
+  }
+
+  async generate(prompt, { onToken, signal, ...options } = {}) {
+    return this.#client.call("generate", { prompt, options }, { signal, onEvent: onToken });
+  }
+
+  async embed(texts, options = {}) {
+    const vectors = await this.#client.call("embed", { texts: [texts].flat(), options });
+    return Array.isArray(texts) ? vectors : vectors[0];
+  }
+
+  dispose() {
+    this.#client.end();
+  }
+}
