@@ -16,6 +16,7 @@ from sylvester.backends.shards import write_shards
 from sylvester.backends.signature import manifest
 from sylvester.backends.toolchain import Compiler, build_shared, find_compiler, version
 from sylvester.backends.web_bundle import write_bundle
+from sylvester.backends.web_tokenizer import available
 from sylvester.codegen.compile import compile_program
 from sylvester.codegen.isa import WASM, Isa, of, variants
 from sylvester.codegen.plan import Unit
@@ -38,7 +39,7 @@ class Wasm(Backend):
     name: ClassVar[str] = "wasm"
 
     def identity(self, target: Target) -> tuple[str, ...] | None:
-        return ("wasm", version(_compiler()))
+        return ("wasm", version(_compiler()), *(["text"] if available() else []))
 
     def build(self, program: Program, target: Target, folder: Path, progress: Progress) -> Manifest:
         require_float32(program)
@@ -65,7 +66,7 @@ class Wasm(Backend):
         write_shards(folder, stored)
         _build(compiled.unit, isas, folder, progress)
         write_table(folder, compiled.unit.costs)
-        write_bundle(program, folder)
+        self.notes += write_bundle(program, folder)
         return replace(made, isas=tuple(isa.name for isa in isas), arch=WASM)
 
 

@@ -1,4 +1,4 @@
-"""The files of a page beside code and weights: the JavaScript runtime and what describes it."""
+"""The files of a page beside code and weights: the JavaScript runtime, the page, the code of the tokenizer."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from sylvester.backends.web_tokenizer import copy_tokenizer
+from sylvester.compiler.errors import CompileError
 from sylvester.compiler.program import Program
 
 
-def write_bundle(program: Program, folder: Path) -> None:
-    """Copies backends/web, which needs no build step."""
+def write_bundle(program: Program, folder: Path) -> list[str]:
+    """Copies backends/web, which needs no build step; notes on what could not be put in."""
     _copy(resources.files("sylvester.backends").joinpath("web"), folder)
+    if not program.info.get("tokenizer"):
+        return []
+    try:
+        copy_tokenizer(folder / "vendor")
+    except CompileError as error:
+        return [f"the bundle takes token ids only, no text: {error} ({error.hint})"]
+    return []
 
 
 def _copy(source: Traversable, target: Path) -> None:

@@ -73,6 +73,11 @@ class RunsElsewhere:
         return None
 
     def _error(self) -> Unsupported:
+        if self.manifest.target == "wasm":
+            return Unsupported(
+                "this artefact was compiled for the web: it runs in a page or in Node",
+                hint="`sylvester serve FOLDER` opens it as a page; Node imports FOLDER/model.js",
+            )
         return Unsupported(
             f"this artefact was compiled for {self.manifest.arch}, this machine is {host_architecture()}",
             hint="save it and load it there",

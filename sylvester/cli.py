@@ -332,6 +332,26 @@ def report(
 
 
 @app.command()
+def serve(
+    artefact: Folder,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0: every network.")] = "127.0.0.1",
+    isolation: Annotated[
+        bool, typer.Option("--isolation/--no-isolation", help="Send the headers that allow threads.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Serve an artefact for the web, until interrupted."""
+    from sylvester.cli_serve import listen
+
+    with listen(artefact, host, port, isolation) as server:
+        facts = {"url": server.url, "artefact": str(artefact), "isolated": isolation}
+        emit(facts, f"{artefact} at {server.url}, until Ctrl-C", as_json)
+        sys.stdout.flush()
+        server.serve_forever()
+
+
+@app.command()
 def doctor(
     limits: Annotated[
         bool, typer.Option("--limits", help="Measure memory bandwidth and peak arithmetic instead, or show them.")

@@ -1,0 +1,86 @@
+/** The page of a model: loads it, then shows what it can do, and what its compilation did. */
+
+import { load } from "../model.js";
+import { at, make, megabytes, time } from "./dom.js";
+import { generateView } from "./generate.js";
+import { reportView } from "./report.js";
+import { searchView } from "./search.js";
+import { callView } from "./call.js";
+import { imageInput, visionView } from "./vision.js";
+
+/** Options in the address, as in `?threads=1&isa=simd128&storage=memory`. */
+const asked = Object.fromEntries(new URLSearchParams(location.search));
+const base = new URL("../", import.meta.url);
+
+function show(error) {
+  at("problem").textContent = error ? error.message : "";
+  at("problem").hidden = !error;
+}
+
+async function start() {
+  const stop = new AbortController();
+  const button = at("load-stop");
+  show(undefined);
+  button.textContent = "Cancel";
+  button.onclick = () => stop.abort();
+  const threads = asked.threads ? Number(asked.threads) : undefined;
+  try {
+    const options = { isa: asked.isa, storage: asked.storage, threads, signal: stop.signal, onProgress: progress };
+    const model = await load({ url: base, ...options });
+    at("loading").hidden = true;
+    present(model);
+  } catch (error) {
+    show(error);
+    at("load-text").textContent = "Not loaded";
+    button.textContent = "Try again";
+    button.onclick = start;
+  }
+}
+
+function progress({ status, loaded, total }) {
+  const verb = status === "stored" ? "Reading the stored model" : "Downloading";
+  at("load-text").textContent = total ? `${verb}: ${megabytes(loaded)} of ${megabytes(total)}` : verb;
+  if (total) at("load-bar").value = loaded / total;
+}
+
+function present(model) {
+  const { manifest, facts } = model;
+  const entry = manifest.entries[Object.keys(manifest.entries)[0]];
+  const reads = entry.inputs.some((spec) => spec.name === "input_ids");
+  let view = callView;
+  if (manifest.generation) view = generateView;
+  else if (reads && facts.text) view = searchView;
+  else if (imageInput(entry)) view = visionView;
+  at("work").replaceChildren(view(model, show));
+  const threads = facts.threads === 1 ? "1 thread" : `${facts.threads} threads`;
+  const line = `${facts.isa}, ${threads}, ${megabytes(facts.memory)} of memory, loaded in ${time(facts.seconds)}, ` +
+    `kept in ${{ opfs: "this site's files", cache: "this site's cache", memory: "memory only" }[facts.storage]}`;
+  const notes = make("ul", {}, ...facts.notes.map((note) => make("li", {}, note)));
+  at("facts").replaceChildren(facts.notes.length ? make("details", {}, make("summary", {}, line), notes) : line);
+  at("facts").hidden = false;
+}
+
+function select(name) {
+  for (const tab of document.querySelectorAll("[role=tab]")) {
+    const chosen = tab.id === `tab-${name}`;
+    tab.setAttribute("aria-selected", String(chosen));
+    /** @type {HTMLElement} */ (tab).tabIndex = chosen ? 0 : -1;
+    at(tab.getAttribute("aria-controls")).hidden = !chosen;
+  }
+  if (name === "report" && !at("view-report").childElementCount)
+    reportView(base).then((view) => at("view-report").replaceChildren(view), show);
+}
+
+for (const name of ["run", "report"]) {
+  at(`tab-${name}`).onclick = () => select(name);
+  at(`tab-${name}`).onkeydown = ({ key }) => {
+    if (key !== "ArrowLeft" && key !== "ArrowRight") return;
+    const other = name === "run" ? "report" : "run";
+    select(other);
+    at(`tab-${other}`).focus();
+  };
+}
+
+// Pages of plain HTTP, and browsers that keep nothing, have no service workers: then the page needs the network.
+navigator.serviceWorker?.register(new URL("offline.js", base)).catch(() => {});
+start();
