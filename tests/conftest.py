@@ -71,3 +71,13 @@ def compile_anew() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(knobs.REUSE.name, "0")
         yield
+
+
+@pytest.fixture(scope="session")
+def web_model(tmp_path_factory):
+    """A small language model for the web and the CPU."""
+    from tests import web
+
+    folder = tmp_path_factory.mktemp("web-model")
+    web.write_language_model(folder / "source")
+    return web.build_pair(str(folder / "source"), None, folder, web.ISAS)

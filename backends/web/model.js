@@ -4,7 +4,9 @@ import { Client } from "./client.js";
 import { InputError } from "./errors.js";
 import { folderUrl } from "./platform.js";
 
-export * from "./errors.js";
+export {
+  AbortError, ArtefactError, InputError, NetworkError, QuotaError, SylvesterError, UnsupportedError,
+} from "./errors.js";
 
 /** What downloads that broke off left, where there is no storage. @type {Map<string, Uint8Array>} */
 const kept = new Map();

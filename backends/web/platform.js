@@ -9,7 +9,8 @@ export const isNode = typeof process === "object" && !!process.versions?.node;
 export async function spawn(url) {
   if (!isNode) return pageWorker(url);
   const { Worker } = await import("node:worker_threads");
-  const worker = new Worker(url);
+  const execArgv = process.execArgv.filter((option) => !option.startsWith("--input-type"));
+  const worker = new Worker(url, { execArgv });
   return {
     post: (message, transfer) => worker.postMessage(message, transfer),
     listen: (heard, failed) => worker.on("message", heard).on("error", failed),
@@ -62,7 +63,10 @@ export async function request(url, { from = 0, ...options } = {}) {
 async function localFile(url, from) {
   const { createReadStream, existsSync } = await import("node:fs");
   const { Readable } = await import("node:stream");
-  if (!existsSync(url)) throw new NetworkError(`no file ${url.pathname}`, { hint: "give the folder of the model" });
+  if (!existsSync(url)) {
+    const missing = new NetworkError(`no file ${url.pathname}`, { hint: "give the folder of the model" });
+    throw Object.assign(missing, { final: true });
+  }
   const body = Readable.toWeb(createReadStream(url, { start: from }));
   return new Response(/** @type {any} */ (body), { status: from ? 206 : 200 });
 }
