@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def test_outputs_are_those_of_the_cpu(web_model, bundle):
 
 
 @pytest.mark.parametrize("length", [1, 5, 255, 256, 257, 300])
-def test_greedy_tokens_are_those_of_the_cpu(web_model, bundle, length, request):
+def test_greedy_tokens_are_those_of_the_cpu(web_model, bundle, length):
     """Prompts of more than 256 tokens are read in parts; the second begins as the first, which is not read again."""
     prompt = np.random.default_rng(length).integers(1, 4096, length).tolist()
     found = node(
@@ -279,7 +280,8 @@ def test_a_broken_shard_is_fetched_again(site, bundle):
 
 def test_a_cancelled_download_is_resumed_from_memory(site, bundle):
     name = weights(bundle)
-    site.faults[name] = [Fault(cut=1000, stalled=(stalled := __import__("threading").Event()))]
+    stalled = threading.Event()
+    site.faults[name] = [Fault(cut=1000, stalled=stalled)]
     script = """const stop = new AbortController();
         const onProgress = ({ file, loaded, total }) => file === given.name && total - loaded < given.left && stop.abort();
         const first = await failure(sylvester.load(given.url, { threads: 1, signal: stop.signal, onProgress }));

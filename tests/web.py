@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -85,7 +86,10 @@ def node(bundle: Path, script: str, *options: str, **given: Any) -> Any:
 
 @dataclass
 class Fault:
-    """What happens to one request: `status` instead of the file, `cut` after some bytes, one byte `spoiled`."""
+    """What happens to one request: `status` instead of the file, `cut` after some bytes, one byte `spoiled`.
+
+    With an event `stalled`, the server waits for it in the middle: after what is sent until a cut, or after 1000 bytes.
+    """
 
     status: int = 0
     cut: int = -1
@@ -93,7 +97,6 @@ class Fault:
     whole: bool = False
     """Ignores that a part was asked for."""
     stalled: threading.Event | None = None
-    """Where it is cut, waits before the connection ends."""
 
 
 @dataclass
@@ -112,7 +115,13 @@ class Site:
 
 @contextmanager
 def serving(folder: Path, isolation: bool = True) -> Iterator[Site]:
+    connections: list[socket.socket] = []
+
     class Faulty(Handler):
+        def setup(self) -> None:
+            super().setup()
+            connections.append(self.connection)
+
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             site.requests.append((path, self.headers.get("Range", "")))
@@ -133,9 +142,12 @@ def serving(folder: Path, isolation: bool = True) -> Iterator[Site]:
             self.send_response(HTTPStatus.OK)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data if fault.cut < 0 else data[: fault.cut])
+            first = fault.cut if fault.cut >= 0 else 1000
+            self.wfile.write(data[:first])
             if fault.stalled:
                 fault.stalled.wait(30)
+            if fault.cut < 0:
+                self.wfile.write(data[first:])
             self.close_connection = fault.cut >= 0
 
     server = Server(folder, "127.0.0.1", 0, isolation, Faulty)
@@ -146,5 +158,8 @@ def serving(folder: Path, isolation: bool = True) -> Iterator[Site]:
         yield site
     finally:
         server.shutdown()
+        for connection in connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         server.server_close()
         thread.join()

@@ -25,27 +25,36 @@ export class Files {
 
   /** manifest.json, which says how the other files hash; what is stored serves without a network. */
   async manifest() {
+    const url = `${this.base}manifest.json`;
     const name = `manifest-${await digest(new TextEncoder().encode(this.base))}`;
-    const stored = await (await this.storage.read(name))?.text();
+    const stored = await this.storedManifest(name);
     const { signal, retries } = this.options;
     const once = { ...retries, count: stored ? 0 : retries.count };
-    let text = stored;
     try {
-      const bytes = await fetchWhole(`${this.base}manifest.json`, { signal, retries: once, cache: "no-cache" });
-      text = new TextDecoder().decode(bytes);
+      const bytes = await fetchWhole(url, { signal, retries: once, cache: "no-cache" });
+      const manifest = parse(url, new TextDecoder().decode(bytes));
+      await locked(name, () => this.renew(name, manifest, stored, bytes), signal);
+      return manifest;
     } catch (error) {
       if (!stored || !(error instanceof NetworkError)) throw error;
       this.notes.push("offline: the stored model is used");
+      return stored;
     }
-    const manifest = parse(`${this.base}manifest.json`, text);
-    if (text !== stored) await this.renew(name, manifest, stored, new TextEncoder().encode(text));
-    return manifest;
+  }
+
+  async storedManifest(name) {
+    const text = await (await this.storage.read(name))?.text();
+    try {
+      return text && parse("the stored manifest", text);
+    } catch {
+      return undefined;
+    }
   }
 
   /** Drops what only the stored model had. */
   async renew(name, manifest, stored, bytes) {
     const used = new Set(Object.values(manifest.files).map((spec) => spec.sha256));
-    for (const spec of Object.values(stored ? JSON.parse(stored).files : {}))
+    for (const spec of Object.values(stored?.files ?? {}))
       if (!used.has(spec.sha256)) await this.storage.remove(spec.sha256);
     await this.keep(name, bytes);
   }
@@ -99,7 +108,9 @@ export class Files {
     const part = `${spec.sha256}.part`;
     const begun = await this.storage.read(part);
     let from = begun && begun.size <= spec.bytes ? await pour(begun, target) : 0;
-    for (const cache of /** @type {const} */ (["default", "reload"])) {
+    // What is stored here need not lie in the browser's own cache too.
+    const usual = this.storage.kind === "memory" ? "default" : "no-store";
+    for (const cache of /** @type {const} */ ([usual, "reload"])) {
       await this.fetch(spec, target, from, cache, part);
       await this.storage.remove(part);
       const found = await digest(target);

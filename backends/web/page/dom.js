@@ -36,7 +36,7 @@ export const field = (text, field) => make("label", {}, text, field);
 
 /** A labelled slider that shows its value. @param {string} text @param {Record<string, any>} attributes */
 export function slider(text, attributes) {
-  const shown = make("output", {}, String(attributes.value));
+  const shown = make("span", { class: "value" }, String(attributes.value));
   const input = /** @type {HTMLInputElement} */ (
     make("input", { type: "range", ...attributes, oninput: () => (shown.textContent = input.value) })
   );

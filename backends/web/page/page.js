@@ -47,10 +47,11 @@ function present(model) {
   const { manifest, facts } = model;
   const entry = manifest.entries[Object.keys(manifest.entries)[0]];
   const reads = entry.inputs.some((spec) => spec.name === "input_ids");
-  let view = callView;
-  if (manifest.generation) view = generateView;
-  else if (reads && facts.text) view = searchView;
-  else if (imageInput(entry)) view = visionView;
+  let [view, title] = [callView, "A model in this page"];
+  if (manifest.generation) [view, title] = [generateView, "A language model in this page"];
+  else if (reads && facts.text) [view, title] = [searchView, "Search by meaning"];
+  else if (imageInput(entry)) [view, title] = [visionView, "An image model in this page"];
+  at("title").textContent = document.title = title;
   at("work").replaceChildren(view(model, show));
   const threads = facts.threads === 1 ? "1 thread" : `${facts.threads} threads`;
   const line = `${facts.isa}, ${threads}, ${megabytes(facts.memory)} of memory, loaded in ${time(facts.seconds)}, ` +

@@ -36,4 +36,4 @@ export function bars(title, steps, text) {
   return draw("svg", { viewBox: box, role: "img", class: "plot" }, draw("title", {}, title), ...rows);
 }
 
-const shortened = (/** @type {string} */ name) => (name.length > 26 ? `${name.slice(0, 25)}…` : name);
+const shortened = (/** @type {string} */ name) => (name.length > 24 ? `${name.slice(0, 23)}…` : name);
