@@ -81,3 +81,17 @@ def web_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("web-model")
     web.write_language_model(folder / "source")
     return web.build_pair(str(folder / "source"), None, folder, web.ISAS)
+
+
+@pytest.fixture
+def bundle(web_model):
+    return web_model / "wasm"
+
+
+@pytest.fixture
+def site(bundle):
+    """The bundle on a server with faults."""
+    from tests import web
+
+    with web.serving(bundle) as site:
+        yield site

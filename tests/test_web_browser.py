@@ -36,17 +36,6 @@ def context(browser):
     context.close()
 
 
-@pytest.fixture
-def bundle(web_model):
-    return web_model / "wasm"
-
-
-@pytest.fixture
-def site(bundle):
-    with serving(bundle) as site:
-        yield site
-
-
 @pytest.fixture(scope="module")
 def expected(web_model):
     with sv.load(web_model / "cpu") as cpu:
@@ -55,7 +44,7 @@ def expected(web_model):
 
 @pytest.fixture
 def shard(bundle):
-    return next(name for name in read(bundle).files if name.startswith("weights/"))
+    return web.weights(bundle)
 
 
 def blank(context, site):

@@ -20,6 +20,7 @@ import transformers as hf
 import sylvester as sv
 from benchmarks.quality.recipes import MODEL
 from sylvester.cli_serve import Handler, Server
+from sylvester.compiler.manifest import read
 from tests import zoo
 
 NODE = shutil.which("node")
@@ -60,6 +61,11 @@ def build_pair(model: Any, inputs: Any, folder: Path, isas: tuple[str, ...]) -> 
         with sv.compile(model, inputs, target=target) as compiled:
             compiled.save(folder / target.name)
     return folder
+
+
+def weights(bundle: Path) -> str:
+    """The one shard."""
+    return next(name for name in read(bundle).files if name.startswith("weights/"))
 
 
 def node(bundle: Path, script: str, *options: str, **given: Any) -> Any:

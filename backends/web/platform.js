@@ -9,8 +9,9 @@ export const isNode = typeof process === "object" && !!process.versions?.node;
 export async function spawn(url) {
   if (!isNode) return pageWorker(url);
   const { Worker } = await import("node:worker_threads");
-  const execArgv = process.execArgv.filter((option) => !option.startsWith("--input-type"));
-  const worker = new Worker(url, { execArgv });
+  // Workers inherit the options of Node, among which that of a script on the command line would refuse a file.
+  const typed = process.execArgv.some((option) => option.startsWith("--input-type"));
+  const worker = new Worker(url, typed ? { execArgv: [] } : {});
   return {
     post: (message, transfer) => worker.postMessage(message, transfer),
     listen: (heard, failed) => worker.on("message", heard).on("error", failed),
