@@ -41,6 +41,7 @@ export async function fetchFrom(url, from, take, options) {
   }
 }
 
+/** @param {string} url @param {number} from @param {Fetching} options @param {Function} take */
 async function stream(url, from, { signal, cache }, take) {
   const response = await request(url, { from, signal, cache });
   if (response.status === 416) return from;

@@ -60,7 +60,7 @@ function stops(given, ends, decode) {
   if (wrong !== undefined) throw new InputError(`stop has ${wrong}, expected token ids and texts`);
   const texts = items.filter((item) => typeof item === "string");
   const ids = items.filter((item) => typeof item === "number");
-  if (texts.length && !decode) throw new InputError("stop has texts, but the prompt is token ids");
+  if (texts.length && !decode) throw new InputError("stop has texts, but this model has no tokenizer");
   return { ids: ids.length || (given !== undefined && !texts.length) ? ids : ends, texts };
 }
 

@@ -13,10 +13,17 @@ export class Host {
     /** @type {Map<number, AbortController>} */
     this.running = new Map();
     this.last = Promise.resolve();
+    /** @type {{engine: import("./engine.js").Engine, tokenizer?: any, facts: object}} */
+    this.model = undefined;
+    /** @type {Session} */
+    this.session = undefined;
   }
 
   hear({ id, method, argument, abort }) {
-    if (abort !== undefined) return this.running.get(abort)?.abort();
+    if (abort !== undefined) {
+      this.running.get(abort)?.abort();
+      return;
+    }
     const controller = new AbortController();
     this.running.set(id, controller);
     const event = (/** @type {object} */ value) => this.post({ id, event: value });
@@ -33,6 +40,7 @@ export class Host {
     this.running.delete(id);
   }
 
+  /** @param {any} argument @param {AbortSignal} signal @param {(event: object) => void} report */
   async load({ kept, ...wanted }, signal, report) {
     try {
       this.model = await loadModel(wanted, kept, { signal, report });
@@ -40,9 +48,9 @@ export class Host {
       report({ kept });
       throw error;
     }
-    const { engine, facts, tokenizer } = this.model;
+    const { engine, facts } = this.model;
     const { files, ...manifest } = engine.manifest;
-    return { value: { facts, manifest, text: !!tokenizer && !tokenizer.error } };
+    return { value: { facts, manifest, text: this.hasText } };
   }
 
   async run({ inputs, entry }) {
@@ -62,8 +70,8 @@ export class Host {
       throw new InputError(`the prompt is a ${typeof prompt}, expected a text or token ids`);
     this.session ??= new Session(this.model.engine);
     const ids = text ? this.tokenizer.encode(prompt) : Array.from(prompt, Number);
-    const decode = text || !this.hasText ? undefined : this.tokenizer.decode;
-    return { value: await generate(this.session, ids, options, text ? this.tokenizer.decode : decode, { signal, onToken }) };
+    const decode = this.hasText ? this.tokenizer.decode : undefined;
+    return { value: await generate(this.session, ids, options, decode, { signal, onToken }) };
   }
 
   async embed({ texts, options }) {

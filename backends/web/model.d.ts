@@ -44,7 +44,7 @@ export type Input = Nested | { data: Data | number[]; shape: number[] };
 export interface Token {
   /** -1 where the last tokens end in the middle of a character. */
   id: number;
-  /** Text that is complete with this token; empty for prompts of ids. */
+  /** Text that is complete with this token; empty where the bundle has no tokenizer. */
   text: string;
 }
 

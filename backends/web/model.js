@@ -11,10 +11,14 @@ export {
 /** What downloads that broke off left, where there is no storage. @type {Map<string, Uint8Array>} */
 const kept = new Map();
 
-/** @type {typeof import("./model.js").load} */
+/**
+ * @param {string | URL | (import("./model.d.ts").LoadOptions & {url: string | URL})} given
+ * @param {import("./model.d.ts").LoadOptions} [more]
+ */
 export async function load(given, more = {}) {
   const plain = typeof given === "string" || given instanceof URL;
-  const { url, signal, onProgress, ...wanted } = plain ? { ...more, url: given } : given;
+  const options = plain ? { ...more, url: given } : given;
+  const { url, signal, onProgress, ...wanted } = options;
   if (!url) throw new InputError("load() was given no url", { hint: "load('./bundle/')" });
   const client = await Client.start();
   const onEvent = (event) => (event.kept ? event.kept.forEach((part, name) => kept.set(name, part)) : onProgress?.(event));
@@ -44,14 +48,17 @@ export class Model {
     return { ...this.#loaded.facts, text: this.#loaded.text, memory: this.#client.memory };
   }
 
+  /** @param {Record<string, any>} inputs @param {{entry?: string}} [options] */
   async run(inputs, { entry } = {}) {
     return this.#client.call("run", { inputs, entry });
   }
 
+  /** @param {string | ArrayLike<number>} prompt @param {import("./model.d.ts").GenerateOptions} [options] */
   async generate(prompt, { onToken, signal, ...options } = {}) {
     return this.#client.call("generate", { prompt, options }, { signal, onEvent: onToken });
   }
 
+  /** @param {string | string[]} texts @param {{normalize?: boolean}} [options] */
   async embed(texts, options = {}) {
     const vectors = await this.#client.call("embed", { texts: [texts].flat(), options });
     return Array.isArray(texts) ? vectors : vectors[0];

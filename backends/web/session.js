@@ -26,7 +26,7 @@ export class Session {
     const specs = asked(engine.manifest.entries.prefill);
     if (specs.length !== 1)
       throw new UnsupportedError(`text is made from token ids only, this model takes ${specs.map((s) => s.name)}`);
-    [this.input] = specs;
+    this.input = specs[0];
     this.first = "start" in engine.manifest.entries ? "start" : "prefill";
     const { outputs } = engine.manifest.entries.decode;
     const width = (outputs.find((spec) => spec.name === "logits") ?? outputs[0]).shape.at(-1);

@@ -72,7 +72,7 @@ class Helper {
   }
 
   work(team, index) {
-    this.idle = new Promise((resolve) => (this.rested = resolve));
+    this.idle = new Promise((resolve) => (this.rested = () => resolve()));
     this.worker.post({ team, index });
   }
 

@@ -11,7 +11,7 @@ export const TYPES = {
 export const bytesOf = (dtype, shape) => count(shape) * TYPES[dtype].BYTES_PER_ELEMENT;
 export const count = (/** @type {number[]} */ shape) => shape.reduce((product, n) => product * n, 1);
 
-/** @typedef {{dtype: string, shape: number[], data: ArrayLike<number> | BigInt64Array}} Tensor */
+/** @typedef {{dtype: string, shape: number[], data: any}} Tensor */
 
 /**
  * A tensor with the dtype of `spec`: from `{data, shape}`, a nested array, or a number.

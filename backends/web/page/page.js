@@ -47,10 +47,12 @@ function present(model) {
   const { manifest, facts } = model;
   const entry = manifest.entries[Object.keys(manifest.entries)[0]];
   const reads = entry.inputs.some((spec) => spec.name === "input_ids");
-  let [view, title] = [callView, "A model in this page"];
-  if (manifest.generation) [view, title] = [generateView, "A language model in this page"];
-  else if (reads && facts.text) [view, title] = [searchView, "Search by meaning"];
-  else if (imageInput(entry)) [view, title] = [visionView, "An image model in this page"];
+  /** @type {[(model: any, show: (error: unknown) => void) => HTMLElement, string]} */
+  let chosen = [callView, "A model in this page"];
+  if (manifest.generation) chosen = [generateView, "A language model in this page"];
+  else if (reads && facts.text) chosen = [searchView, "Search by meaning"];
+  else if (imageInput(entry)) chosen = [visionView, "An image model in this page"];
+  const [view, title] = chosen;
   at("title").textContent = document.title = title;
   at("work").replaceChildren(view(model, show));
   const threads = facts.threads === 1 ? "1 thread" : `${facts.threads} threads`;
