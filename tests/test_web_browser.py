@@ -138,7 +138,7 @@ def test_the_page_streams_text_under_a_strict_policy(context, site, web_model):
         text = cpu.generate("Once upon a time", 160)
 
     assert page.locator(".out .text").text_content() == text
-    assert "threads" in page.locator("#facts").text_content()
+    assert "thread" in page.locator("#facts").text_content()
     page.get_by_role("tab", name="Report").click()
     page.locator("svg.plot").first.wait_for()
     assert page.get_by_role("cell", name="derive-decode").is_visible()

@@ -11,7 +11,7 @@ const PROBES = {
   relaxed: [...RETURNS_VECTOR, 10, 15, 1, 13, 0, 65, 1, 253, 15, 65, 2, 253, 15, 253, 128, 2, 11],
   atomics: [1, 4, 1, 96, 0, 0, 3, 2, 1, 0, 5, 4, 1, 3, 1, 1, 10, 11, 1, 9, 0, 65, 0, 254, 16, 2, 0, 26, 11],
 };
-/** More threads than this rarely pay: the bandwidth of memory is used up. */
+/** More threads than this rarely pay: the bandwidth of memory is used up. One core is left to the page. */
 const MOST_THREADS = 8;
 
 /** V8 11.3 lets a thread pass a barrier when a loop that waits becomes optimised code. */
@@ -32,7 +32,7 @@ const ORDER = ["relaxed-threads", "simd128-threads", "relaxed", "simd128"];
  * @returns {Promise<{isa: string, threads: number, notes: string[]}>}
  */
 export async function choose(carried, { threads: asked, isa: forced }) {
-  const most = asked ?? Math.min(MOST_THREADS, await cores());
+  const most = asked ?? Math.max(1, Math.min(MOST_THREADS, (await cores()) - 1));
   const notes = [];
   for (const isa of ORDER) {
     if (forced && isa !== forced) continue;
@@ -50,7 +50,7 @@ function refusal(isa, carried, threads) {
   if (!has("simd")) return "this engine has no SIMD128";
   if (isa.startsWith("relaxed") && !has("relaxed")) return "this engine has no relaxed SIMD";
   if (!isa.endsWith("-threads")) return "";
-  if (threads < 2) return "one thread was asked for, or there is one core";
+  if (threads < 2) return "one thread was asked for, or there are two cores, of which the page needs one";
   if (typeof SharedArrayBuffer === "undefined" || !(isNode || globalThis.crossOriginIsolated)) return NOT_ISOLATED;
   if (isNode && parseInt(process.versions.node) < SAFE_NODE)
     return `threads need Node ${SAFE_NODE}: older engines leave loops early when they optimise them`;

@@ -21,6 +21,7 @@ export async function generate(session, prompt, options, decode, { signal, onTok
   const start = performance.now();
   let first = start;
   const measured = () => timed(result, start, first);
+  const exact = options.seed !== undefined;
   let next = prompt;
   const listen = async () => {
     await breathe();
@@ -28,7 +29,7 @@ export async function generate(session, prompt, options, decode, { signal, onTok
   };
   while (result.ids.length < count) {
     await listen();
-    const id = choose(result.ids.length ? await session.feed(next) : await session.begin(next, listen));
+    const id = choose(result.ids.length ? await session.feed(next) : await session.begin(next, exact, listen));
     if (!result.ids.length) first = performance.now();
     result.ids.push(id);
     next = [id];

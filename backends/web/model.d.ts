@@ -10,7 +10,7 @@ export interface Progress {
 }
 
 export interface LoadOptions {
-  /** Threads to use; by default the cores, at most 8. More than one need a cross-origin isolated page. */
+  /** Threads to use; by default one less than the cores, at most 8. More than one need a cross-origin isolated page. */
   threads?: number;
   /** One build of the code instead of the fastest that runs here. */
   isa?: "simd128" | "relaxed" | "simd128-threads" | "relaxed-threads";
@@ -55,7 +55,7 @@ export interface GenerateOptions {
   temperature?: number;
   topK?: number;
   topP?: number;
-  /** Makes drawing repeatable. */
+  /** Makes what is drawn repeatable in one build of the code; the whole prompt is then read anew. */
   seed?: number;
   /** Ids that end the text in place of the model's own, and texts. */
   stop?: number | string | (number | string)[];

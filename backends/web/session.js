@@ -40,12 +40,14 @@ export class Session {
   }
 
   /**
-   * Begins with a prompt; what the caches hold of it already is not read again.
-   * @param {number[]} prompt @param {() => Promise<void>} [between] awaited between calls
+   * Begins with a prompt; what the caches hold of it already is not read again, unless every bit matters: what is read
+   * in other parts is rounded otherwise.
+   * @param {number[]} prompt @param {boolean} exact @param {() => Promise<void>} [between] awaited between calls
    */
-  async begin(prompt, between) {
+  async begin(prompt, exact, between) {
     this.require(prompt);
-    const kept = this.state && this.state === this.engine.owner && this.generation.uniform ? this.common(prompt) : 0;
+    const held = this.state && this.state === this.engine.owner && this.generation.uniform && !exact;
+    const kept = held ? this.common(prompt) : 0;
     const symbol = this.input.shape[0];
     if (!kept) this.state = this.engine.newState(typeof symbol === "string" ? { [symbol]: 1 } : {});
     this.tokens.length = this.state.position = kept;
