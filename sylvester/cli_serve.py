@@ -8,7 +8,7 @@ import socket
 from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 
 from sylvester.compiler.errors import CompileError, Unsupported
 from sylvester.compiler.manifest import REPORT_HTML, read
@@ -23,6 +23,15 @@ ISOLATION = {
     "Cross-Origin-Embedder-Policy": "require-corp",
 }
 """What a browser asks of a page before it shares memory between threads."""
+TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".json": "application/json",
+    ".mjs": "text/javascript; charset=utf-8",
+    ".wasm": "application/wasm",
+}
+"""Not left to the machine's own table: a browser runs no module of another type."""
 HASHED = re.compile(r"/weights/[0-9a-f]{32}\.bin$")
 """Files that are named after what they hold never change."""
 RANGE = re.compile(r"bytes=(\d+)-(\d*)$")
@@ -31,15 +40,6 @@ RANGE = re.compile(r"bytes=(\d+)-(\d*)$")
 class Handler(SimpleHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
-    extensions_map: ClassVar[dict[str, str]] = {
-        **SimpleHTTPRequestHandler.extensions_map,
-        ".css": "text/css; charset=utf-8",
-        ".html": "text/html; charset=utf-8",
-        ".js": "text/javascript; charset=utf-8",
-        ".json": "application/json",
-        ".mjs": "text/javascript; charset=utf-8",
-        ".wasm": "application/wasm",
-    }
 
     def __init__(self, request: Any, client: Any, server: Server) -> None:
         super().__init__(request, client, server, directory=str(server.folder))
@@ -54,6 +54,9 @@ class Handler(SimpleHTTPRequestHandler):
         for name, value in ISOLATION.items() if self.server.isolation else ():
             self.send_header(name, value)
         super().end_headers()
+
+    def guess_type(self, path: Any) -> str:
+        return TYPES.get(Path(path).suffix) or super().guess_type(path)
 
     def send_head(self) -> Any:
         """A part of a file where one is asked for."""

@@ -83,6 +83,14 @@ def web_model(tmp_path_factory):
     return web.build_pair(str(folder / "source"), None, folder, web.ISAS)
 
 
+@pytest.fixture(scope="session")
+def web_encoder(tmp_path_factory):
+    """A small encoder of texts for the web and the CPU."""
+    from tests import web
+
+    return web.build_pair(web.trace_encoder(), None, tmp_path_factory.mktemp("web-encoder"), ("simd128",))
+
+
 @pytest.fixture
 def bundle(web_model):
     return web_model / "wasm"

@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 
 import sylvester as sv
 from sylvester.compiler.manifest import read
@@ -251,3 +252,62 @@ def test_two_tabs_download_once(context, site, bundle, expected, shard):
 
     assert [page.evaluate("done.then(({ ids }) => ids)") for page in pages] == [expected, expected]
     assert site.parts(shard) == [""]
+
+
+def test_a_model_loads_inside_a_worker(context, bundle, expected, tmp_path):
+    folder = tmp_path / "site"
+    shutil.copytree(bundle, folder)
+    (folder / "inside.js").write_text(
+        """import { load } from "./model.js";
+        self.onmessage = async ({ data: [prompt, count] }) => {
+          const model = await load({ url: "./", threads: 2 });
+          self.postMessage((await model.generate(prompt, { maxNewTokens: count })).ids);
+        };"""
+    )
+    with serving(folder) as site:
+        ids = blank(context, site).evaluate(
+            """(given) => new Promise((made) => {
+              const worker = new Worker("/inside.js", { type: "module" });
+              worker.onmessage = ({ data }) => made(data);
+              worker.postMessage(given);
+            })""",
+            [PROMPT, TOKENS],
+        )
+
+    assert ids == expected
+
+
+def test_the_page_of_an_encoder_searches(context, web_encoder):
+    page = context.new_page()
+    with serving(web_encoder / "wasm") as site:
+        page.goto(site.url)
+        page.get_by_label("Lines to search").fill("one line\nanother\n\none line\nthe last")
+        page.get_by_label("Search for").fill("another")
+        page.get_by_role("button", name="Search").click()
+        page.locator(".found li").first.wait_for()
+
+        assert page.locator(".found li").first.text_content() == "1.00another"
+        assert page.locator(".found li").count() == 3
+
+
+def test_the_page_of_a_vision_model_reads_an_image(context, tmp_path):
+    images = {"pixel_values": torch.zeros(2, 3, 8, 8)}
+    with sv.compile(web.Eye(), images, target=sv.Target("wasm", isas=("simd128",))) as compiled:
+        compiled.save(tmp_path / "eye")
+    page = context.new_page()
+    with serving(tmp_path / "eye") as site:
+        page.goto(site.url)
+        green = page.evaluate(
+            """async () => {
+              const canvas = new OffscreenCanvas(8, 8);
+              const context = canvas.getContext("2d");
+              context.fillStyle = "#0f0";
+              context.fillRect(0, 0, 8, 8);
+              return [...new Uint8Array(await (await canvas.convertToBlob()).arrayBuffer())];
+            }"""
+        )
+        file = {"name": "green.png", "mimeType": "image/png", "buffer": bytes(green)}
+        page.get_by_label("An image").set_input_files(file)
+        page.locator(".found li").first.wait_for()
+
+        assert page.locator(".found li").first.text_content().endswith("class 1")

@@ -11,6 +11,8 @@ export class Client {
     this.count = 0;
     this.memory = 0;
     this.closed = false;
+    /** @type {SylvesterError | undefined} */
+    this.failure = undefined;
     worker.listen((message) => this.hear(message), (error) => this.fail(error));
   }
 
@@ -24,6 +26,7 @@ export class Client {
    * @returns {Promise<any>}
    */
   call(method, argument, { signal, onEvent } = {}) {
+    if (this.failure) throw this.failure;
     if (this.closed) throw new SylvesterError("the model is disposed", { hint: "load it again" });
     if (signal?.aborted) throw new AbortError("cancelled by the caller");
     const id = this.count++;
@@ -52,11 +55,11 @@ export class Client {
   }
 
   fail(cause) {
-    const error = new NetworkError(`the worker of the model failed: ${cause?.message ?? cause}`, {
+    this.failure = new NetworkError(`the worker of the model failed: ${cause?.message ?? cause}`, {
       cause,
       hint: "worker.js and the files it imports must lie beside model.js",
     });
-    for (const call of this.calls.values()) call.reject(error);
+    for (const call of this.calls.values()) call.reject(this.failure);
   }
 
   end() {

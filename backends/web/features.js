@@ -1,6 +1,6 @@
 /** Which build of the code this engine can run, and why not a faster one. */
 
-import { UnsupportedError } from "./errors.js";
+import { InputError, UnsupportedError } from "./errors.js";
 import { cores, isNode } from "./platform.js";
 
 const HEADER = [0, 97, 115, 109, 1, 0, 0, 0];
@@ -32,7 +32,10 @@ const ORDER = ["relaxed-threads", "simd128-threads", "relaxed", "simd128"];
  * @returns {Promise<{isa: string, threads: number, notes: string[]}>}
  */
 export async function choose(carried, { threads: asked, isa: forced }) {
-  const most = asked ?? Math.max(1, Math.min(MOST_THREADS, (await cores()) - 1));
+  if (asked !== undefined && !(Number.isInteger(asked) && asked > 0))
+    throw new InputError(`threads is ${asked}, expected a whole number, 1 or more`);
+  const least = forced?.endsWith("-threads") ? 2 : 1;
+  const most = asked ?? Math.max(least, Math.min(MOST_THREADS, (await cores()) - 1));
   const notes = [];
   for (const isa of ORDER) {
     if (forced && isa !== forced) continue;
