@@ -23,7 +23,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Deferred], shard: int = SHA
     for name, tensor in tensors.items():
         places[name] = {"offset": offset, "bytes": tensor.nbytes}
         offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    shards = [_write(folder, part) for part in _cut(_pieces(tensors), shard)]
+    shards = [write_shard(folder, part) for part in _cut(_pieces(tensors), shard)]
     index = {"bytes": offset, "shards": shards, "tensors": places}
     (folder / NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
@@ -49,7 +49,8 @@ def _cut(pieces: Iterator[memoryview], size: int) -> Iterator[bytes]:
         yield bytes(held)
 
 
-def _write(folder: Path, data: bytes) -> dict[str, object]:
+def write_shard(folder: Path, data: bytes) -> dict[str, object]:
+    """What the index says of the file that now holds `data`."""
     digest = sha256(data).hexdigest()
     file = f"weights/{digest[:32]}.bin"
     (folder / file).write_bytes(data)

@@ -97,6 +97,13 @@ def bundle(web_model):
 
 
 @pytest.fixture
+def texts(bundle):
+    """For tests of texts."""
+    if not (bundle / "vendor").is_dir():
+        pytest.skip("npm is not installed, or could not fetch the tokenizer")
+
+
+@pytest.fixture
 def site(bundle):
     """The bundle on a server with faults."""
     from tests import web

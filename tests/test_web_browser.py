@@ -123,6 +123,7 @@ def test_without_the_headers_one_thread_is_used_and_said_why(context, bundle, ex
     assert any("Cross-Origin-Opener-Policy" in note for note in found["facts"]["notes"])
 
 
+@pytest.mark.usefixtures("texts")
 def test_the_page_streams_text_under_a_strict_policy(context, site, web_model):
     """Nothing is refused by the policy, nothing fails; the report is drawn."""
     page = context.new_page()
@@ -146,6 +147,7 @@ def test_the_page_streams_text_under_a_strict_policy(context, site, web_model):
     assert problems == []
 
 
+@pytest.mark.usefixtures("texts")
 def test_the_page_loads_again_without_a_server(context, bundle):
     page = context.new_page()
     with serving(bundle) as site:
@@ -192,6 +194,30 @@ def test_a_stored_file_that_was_altered_is_fetched_again(context, site, expected
 
     assert found.get("ids") == expected, found
     assert len(site.parts(shard)) == 2
+
+
+def test_a_model_that_changed_takes_the_place_of_the_stored_one(context, bundle, expected, tmp_path):
+    folder = tmp_path / "site"
+    shutil.copytree(bundle, folder)
+    names = """async () => {
+        const root = await navigator.storage.getDirectory();
+        const found = [];
+        for await (const name of (await root.getDirectoryHandle("sylvester")).keys()) found.push(name);
+        return found.sort();
+      }"""
+    with serving(folder) as site:
+        page = blank(context, site)
+        made(page, storage="opfs", isa="simd128")
+        web.cut(bundle, folder, 200_000)
+        found = made(page, storage="opfs", isa="simd128")
+        stored = page.evaluate(names)
+    files = read(folder).files
+    used = [name for name in files if name.startswith("weights") or name in ("code/simd128.wasm", "tokenizer.json")]
+
+    assert found["ids"] == expected
+    assert sorted(name for name in stored if not name.startswith("manifest")) == sorted(
+        files[name].sha256 for name in used
+    )
 
 
 def test_a_broken_shard_is_fetched_again_and_then_an_error(context, site, expected, shard):
@@ -277,6 +303,7 @@ def test_a_model_loads_inside_a_worker(context, bundle, expected, tmp_path):
     assert ids == expected
 
 
+@pytest.mark.usefixtures("texts")
 def test_the_page_of_an_encoder_searches(context, web_encoder):
     page = context.new_page()
     with serving(web_encoder / "wasm") as site:

@@ -97,3 +97,14 @@ def test_other_folders_are_refused(bundle, web_model, site):
 
     assert (cpu["name"], "describes no model for the web" in cpu["message"]) == ("ArtefactError", True)
     assert (nothing["name"], wrong["name"]) == ("NetworkError", "NetworkError")
+
+
+def test_many_shards_are_put_together(site, bundle, tmp_path):
+    many = web.cut(bundle, tmp_path / "many", 100_000)
+    script = """const ids = [];
+        for (const url of given.urls) ids.push((await (await sylvester.load(url)).generate([5, 77, 8])).ids);
+        return ids;"""
+    one, found = node(bundle, script, urls=[str(bundle), str(many)])
+
+    assert one == found
+    assert len(list((many / "weights").iterdir())) > 4

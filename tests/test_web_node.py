@@ -55,6 +55,7 @@ def test_greedy_tokens_are_those_of_the_cpu(web_model, bundle, length):
     assert found == [expected, expected[1:]]
 
 
+@pytest.mark.usefixtures("texts")
 def test_text_is_that_of_the_cpu(web_model, bundle):
     script = """const model = await sylvester.load(folder);
         const pieces = [];
@@ -141,6 +142,7 @@ def test_wrong_calls_say_what_is_wrong(bundle):
     assert "disposed" in disposed["message"]
 
 
+@pytest.mark.usefixtures("texts")
 def test_embeddings_are_the_mean_over_the_tokens(web_encoder):
     script = """const model = await sylvester.load(folder);
         return [await model.embed(given.texts), await model.embed(given.texts[0], { normalize: false })];"""

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(web.NODE is None, reason="node is not installed"
 TEXTS = ["Once upon a time", "naïve café, 東京 — 🦊!\n\n  two  spaces", "", "x" * 50, "\u0130stanbul ﬁn"]
 
 
+@pytest.mark.usefixtures("texts")
 def test_tokens_are_those_of_python(bundle):
     script = """const { readFile } = await import("node:fs/promises");
         const { loadTokenizer } = await module("text.js");

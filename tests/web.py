@@ -19,6 +19,7 @@ import transformers as hf
 
 import sylvester as sv
 from benchmarks.quality.recipes import MODEL
+from sylvester.backends.shards import write_shard
 from sylvester.cli_serve import Handler, Server
 from sylvester.compiler.manifest import read
 from tests import zoo
@@ -69,6 +70,19 @@ def trace_encoder() -> sv.Program:
     program = sv.trace(Encoder().eval(), inputs)
     program.info["tokenizer"] = str(Path(MODEL) / "tokenizer.json")
     return program
+
+
+def cut(bundle: Path, folder: Path, size: int) -> Path:
+    """A copy of a bundle with smaller shards."""
+    shutil.copytree(bundle, folder, dirs_exist_ok=True)
+    index = json.loads((bundle / "weights.json").read_bytes())
+    data = b"".join((bundle / shard["file"]).read_bytes() for shard in index["shards"])
+    shutil.rmtree(folder / "weights")
+    (folder / "weights").mkdir()
+    index["shards"] = [write_shard(folder, data[at : at + size]) for at in range(0, len(data), size)]
+    (folder / "weights.json").write_text(json.dumps(index))
+    read(folder).seal(folder)
+    return folder
 
 
 def build_pair(model: Any, inputs: Any, folder: Path, isas: tuple[str, ...]) -> Path:

@@ -10,7 +10,6 @@ import { bytesOf, count, TYPES } from "./tensors.js";
 const OUT_OF_RANGE = 1;
 const OVERFLOW = 2;
 const ZERO_DIVISOR = 3;
-const NO_TREE = 4;
 const NO_MEMORY = -1;
 
 /**
@@ -183,7 +182,6 @@ function failure(status, value, entry, tensors) {
   if (status === OUT_OF_RANGE) return outOfRange(value, entry, tensors);
   if (status === ZERO_DIVISOR)
     return new InputError("an integer was divided by zero", { hint: "look for zeros among the integer inputs" });
-  if (status === NO_TREE) return new InputError(`the depths of the tokens are no tree: found ${value}`);
   if (status === NO_MEMORY) return new UnsupportedError("no memory for the scratch space of the threads");
   return new SylvesterError(`the compiled code failed with status ${status} and value ${value}`);
 }

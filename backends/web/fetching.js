@@ -56,18 +56,15 @@ async function stream(url, from, { signal, cache }, take) {
   }
 }
 
-/** The whole file. @param {string} url @param {Fetching & {onBytes?: (loaded: number) => void}} options */
+/** The whole file. @param {string} url @param {Fetching} options */
 export async function fetchWhole(url, options) {
   /** @type {Uint8Array[]} */
   let parts = [];
   await fetchFrom(url, 0, (at, chunk) => {
     if (!at) parts = [];
     parts.push(chunk);
-    options.onBytes?.(at + chunk.length);
   }, options);
-  const bytes = new Uint8Array(parts.reduce((sum, part) => sum + part.length, 0));
-  parts.reduce((at, part) => (bytes.set(part, at), at + part.length), 0);
-  return bytes;
+  return new Uint8Array(await new Blob(/** @type {BlobPart[]} */ (parts)).arrayBuffer());
 }
 
 function failure(message, final) {

@@ -42,7 +42,7 @@ export class Heap {
     return at;
   }
 
-  /** A block of this size in place of one whose content is no longer needed. */
+  /** A block in place of one whose content is no longer needed. */
   replace(at, bytes) {
     if (at) this.release(at);
     return this.alloc(bytes);
@@ -109,6 +109,6 @@ function sharedMemory(least) {
 
 function outOfMemory(bytes) {
   return new UnsupportedError(`this engine gives no memory of ${(bytes / 1e6).toFixed(0)} MB`, {
-    hint: "close other tabs, give shorter inputs, or compile with fewer bits or a smaller max_length",
+    hint: "give shorter inputs, or compile with fewer bits or a smaller max_length",
   });
 }

@@ -69,7 +69,7 @@ export class Host {
     if (!text && !(Array.isArray(prompt) || ArrayBuffer.isView(prompt)))
       throw new InputError(`the prompt is a ${typeof prompt}, expected a text or token ids`);
     this.session ??= new Session(this.model.engine);
-    const ids = text ? this.tokenizer.encode(prompt) : Array.from(prompt, Number);
+    const ids = text ? this.tokenizer.encode(prompt) : Array.from(/** @type {any} */ (prompt), Number);
     const decode = this.hasText ? this.tokenizer.decode : undefined;
     return { value: await generate(this.session, ids, options, decode, { signal, onToken }) };
   }

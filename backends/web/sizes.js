@@ -92,6 +92,6 @@ class Parser {
 
   /** @returns {never} */
   fail() {
-    throw new ArtefactError(`${this.text} is not a dimension`, { hint: "the manifest was edited; compile again" });
+    throw new ArtefactError(`${this.text} is not a dimension`, { hint: "compile the model again" });
   }
 }

@@ -109,5 +109,5 @@ const plain = (bytes) => /** @type {Uint8Array<ArrayBuffer>} */ (bytes.slice());
 
 function asQuota(error) {
   if (error?.name !== "QuotaExceededError") return error;
-  return new QuotaError("the storage of this site is full", { cause: error, hint: "free space, or storage: 'memory'" });
+  return new QuotaError("the storage of this site is full", { cause: error, hint: "free some space" });
 }

@@ -59,10 +59,10 @@ class Helper {
 
   async start() {
     this.worker = await spawn(new URL("./thread.js", import.meta.url));
-    await new Promise((ready, failed) => {
+    await new Promise((/** @type {(value?: any) => void} */ ready, failed) => {
       this.worker.listen((message) => {
         if (message.failed) failed(new SylvesterError(`a thread did not start: ${message.failed}`));
-        else if (message.ready) ready(undefined);
+        else if (message.ready) ready();
         else this.rested();
       }, failed);
       const { module, memory, stack, local } = this;
@@ -72,7 +72,7 @@ class Helper {
   }
 
   work(team, index) {
-    this.idle = new Promise((resolve) => (this.rested = () => resolve()));
+    this.idle = new Promise((/** @type {(value?: any) => void} */ resolve) => (this.rested = resolve));
     this.worker.post({ team, index });
   }
 

@@ -56,9 +56,9 @@ function flatten(spec, nested) {
 
 const describe = (value) => (value === null ? "null" : (value?.constructor?.name ?? typeof value));
 
-/** The numbers that bits of bfloat16 mean, or the array itself. @param {Tensor["data"]} data @param {string} dtype */
+/** The numbers that bits of bfloat16 mean, or the array itself. @param {any} data @param {string} dtype */
 export function floats(data, dtype) {
   if (dtype === "float32") return /** @type {Float32Array} */ (data);
-  const wide = Uint32Array.from(/** @type {Uint16Array} */ (data), (bits) => bits << 16);
-  return dtype === "bfloat16" ? new Float32Array(wide.buffer) : Float32Array.from(/** @type {any} */ (data), Number);
+  if (dtype !== "bfloat16") return Float32Array.from(data, Number);
+  return new Float32Array(Uint32Array.from(data, (bits) => bits << 16).buffer);
 }

@@ -25,8 +25,8 @@ async function start() {
   button.onclick = () => stop.abort();
   const threads = asked.threads ? Number(asked.threads) : undefined;
   try {
-    const options = { isa: asked.isa, storage: asked.storage, threads, signal: stop.signal, onProgress: progress };
-    const model = await load({ url: base, ...options });
+    const { isa, storage } = /** @type {any} */ (asked);
+    const model = await load({ url: base, isa, storage, threads, signal: stop.signal, onProgress: progress });
     at("loading").hidden = true;
     present(model);
   } catch (error) {
