@@ -154,7 +154,7 @@ def test_the_page_loads_again_without_a_server(context, bundle):
         page.goto(site.url)
         page.get_by_role("button", name="Generate").wait_for()
         page.evaluate("navigator.serviceWorker.ready.then(() => undefined)")
-        for name in ("page/page.css", "vendor/tokenizers.min.mjs", "worker.js", "thread.js"):
+        for name in ("page/page.css", "vendor/tokenizers.min.mjs", "thread.js", "manifest.json", "report.json"):
             until(page, f"await caches.match('/{name}')")
     page.reload()
     page.get_by_label("Tokens").first.fill("8")
@@ -163,6 +163,8 @@ def test_the_page_loads_again_without_a_server(context, bundle):
 
     assert "offline: the stored model is used" in page.locator("#facts").text_content()
     assert page.evaluate("crossOriginIsolated")
+    page.get_by_role("tab", name="Report").click()
+    page.locator("svg.plot").first.wait_for()
 
 
 @pytest.mark.parametrize("storage", ["opfs", "cache"])

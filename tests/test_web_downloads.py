@@ -13,7 +13,7 @@ from tests.web import Fault, node, weights
 pytestmark = pytest.mark.skipif(web.NODE is None, reason="node is not installed")
 FAST = {"retries": {"count": 3, "delay": 0}}
 LOAD = """const events = [];
-    const wanted = { ...given.options, threads: 1, onProgress: (event) => events.push(event) };
+    const wanted = { ...given.options, isa: "simd128", onProgress: (event) => events.push(event) };
     const attempt = async () => (await sylvester.load(given.url, wanted)).generate([5, 77], { maxNewTokens: 3 });"""
 
 

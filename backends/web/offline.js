@@ -18,7 +18,7 @@ self.addEventListener("fetch", (event) => {
 async function remember() {
   const cache = await caches.open(CACHE);
   const { files } = await (await fetch("manifest.json")).json();
-  const names = ["./", ...Object.keys(files).filter((name) => PAGE.test(name))];
+  const names = ["./", "manifest.json", ...Object.keys(files).filter((name) => PAGE.test(name))];
   await Promise.all(names.map((name) => cache.add(name).catch(() => {})));
 }
 

@@ -14,7 +14,9 @@ export async function reportView(base) {
 }
 
 async function read(base, name) {
-  const response = await fetch(new URL(name, base));
+  const url = new URL(name, base);
+  const stored = async (/** @type {unknown} */ error) => (await globalThis.caches?.match(url)) ?? Promise.reject(error);
+  const response = await fetch(url).catch(stored);
   if (!response.ok) throw new Error(`${name}: the server answered ${response.status}`);
   return response.json();
 }
