@@ -17,7 +17,7 @@ from pathlib import Path
 from sylvester.backends import fingerprint
 from sylvester.backends.toolchain import Compiler, build_shared, find_compiler
 from sylvester.codegen.isa import Isa, of
-from sylvester.codegen.prelude import render
+from sylvester.codegen.prelude import render, system
 from sylvester.compiler import knobs
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.progress import Progress, silent
@@ -103,7 +103,7 @@ def measure(threads: int | None = None, *, again: bool = False, progress: Progre
     compiler = find_compiler()
     isa = of(host_architecture())[0]
     facts = fingerprint.cpu(), threads, fingerprint.toolchain(compiler, isa)
-    source = "\n".join(render(part) for part in ("runtime.h.in", "dispatch.h.in", "limits.c.in"))
+    source = "\n".join([system(host_architecture()), render("limits.c.in")])
     key = hashlib.sha256(json.dumps([*facts, source]).encode()).hexdigest()[:16]
     path = knobs.cache_folder() / "limits" / f"{key}.json"
     kept = None if again else _read(path)

@@ -17,7 +17,7 @@ from sylvester.backends.tuner import Setting, Tuner
 from sylvester.backends.tuning_database import Database, DatabaseError, Entry, default_path
 from sylvester.backends.tuning_exchange import explain
 from sylvester.codegen.isa import Isa
-from sylvester.codegen.prelude import render
+from sylvester.codegen.prelude import render, system
 from sylvester.codegen.space import Candidate, Problem
 from sylvester.codegen.tunable import Choices, family_of
 from sylvester.compiler import knobs
@@ -100,7 +100,7 @@ def runnable(isas: Sequence[Isa], target: Target, compiler: Compiler) -> Isa:
             hint="tune on such a machine, then bring the results here with `sylvester tune --merge`",
         )
     with tempfile.TemporaryDirectory(prefix="sylvester-level-") as folder:
-        source = "\n".join([render("runtime.h.in"), render("dispatch.h.in"), render("abi.h.in", ABI=ABI)])
+        source = "\n".join([system(host_architecture()), render("abi.h.in", ABI=ABI)])
         library = build_shared(source, Path(folder, "level.so"), isas[0], compiler=compiler)
         return usable(isas, [isa.name for isa in isas], library)[0]
 

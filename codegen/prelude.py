@@ -23,6 +23,13 @@ def render(name: str, **values: object) -> str:
     return template(name).substitute({key: str(value) for key, value in values.items()})
 
 
+def system(architecture: str) -> str:
+    """Threads, and what this machine can run: all that text needs that has no kernels."""
+    name = "wasm" if architecture == WASM else "posix"
+    parts = ("runtime", f"wait_{name}", "team", f"threads_{name}", "dispatch")
+    return "\n".join(render(f"{part}.h.in") for part in parts)
+
+
 def prelude(isa: Isa) -> str:
     """Everything a translation unit for `isa` needs before its kernels."""
     rows = range(1, isa.gemm_rows + 1)
@@ -34,7 +41,6 @@ def prelude(isa: Isa) -> str:
         STEADY_TILES="\n".join(f"SV_STEADY_TILE({r})" for r in rows),
         STEADY_NAMES=", ".join(f"sv_steady_tile_{r}" for r in rows),
     )
-    system = "wasm" if isa.architecture == WASM else "posix"
-    parts = ("runtime", f"wait_{system}", "team", f"threads_{system}", "dispatch", "vector", "math", "norm")
-    before = [render(f"{part}.h.in") for part in parts]
-    return "\n".join([isa.defines(), *before, gemm, render("pack.h.in"), render("conv2d.h.in")])
+    before = [render(f"{part}.h.in") for part in ("vector", "math", "norm")]
+    after = [render(f"{part}.h.in") for part in ("pack", "conv2d")]
+    return "\n".join([isa.defines(), system(isa.architecture), *before, gemm, *after])

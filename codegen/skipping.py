@@ -6,10 +6,11 @@ import torch
 
 from sylvester.codegen.branches import sum_unless
 from sylvester.codegen.elementwise import call, choose, is_test
+from sylvester.codegen.index import index
 from sylvester.codegen.lazy import Indices, Lazy, of_buffer
 from sylvester.codegen.lowering import Fact, Lowering, lowers
 from sylvester.codegen.reads import step_writes
-from sylvester.codegen.scalar import Constant, Expr
+from sylvester.codegen.scalar import Constant, Expr, cast
 from sylvester.compiler.errors import Unsupported
 
 dialect = torch.ops.sylvester
@@ -22,13 +23,19 @@ def add_unless(_: Lowering, fact: Fact, x: Lazy, part: Lazy, left: Lazy) -> Lazy
 
 
 @lowers(dialect.update_unless.default, bf16=True)
-def update_unless(lowering: Lowering, _: Fact, cache: Lazy, updated: Lazy, left: Lazy) -> Lazy:
-    """Nothing to do: the update wrote the cache in place, or was left out with its branch."""
+def update_unless(lowering: Lowering, fact: Fact, cache: Lazy, updated: Lazy, left: Lazy) -> Lazy:
+    """Nothing to do for a cache: the update wrote it in place, or was left out with its branch."""
     buffer = lowering.whole(updated)
-    writers = [step for step in lowering.plan.steps if buffer and buffer.name in step_writes(step)]
-    if buffer is None or buffer != lowering.whole(cache) or not all(step.guard for step in writers):
+    if buffer is None or buffer != lowering.whole(cache):
+        return Lazy(fact.shape, fact.dtype, lambda i: choose(_skips(left), cache.load(i), updated.load(i)))
+    if not all(step.guard for step in lowering.plan.steps if buffer.name in step_writes(step)):
         raise Unsupported("a cache is kept by an update that runs although its part is skipped")
     return updated
+
+
+def _skips(left: Lazy) -> Expr:
+    """left [1, 1] > 0."""
+    return is_test("gt", cast(left.load([index(0), index(0)]), "f32"), Constant(0.0, "f32"))
 
 
 @lowers(dialect.layers_to_skip.default)

@@ -123,7 +123,8 @@ def _attention(kind: str, width: int) -> Family:
         text,
         f"const {element} *value = (const {element} *)cold + i[3] * i[1] * {row};\n"
         f"sv_tuned_call(t, p[0], p[1], cold, value, NULL, NULL, p[2], {part_floats(width)}, 1, i[2], i[3], i[0], i[1], "
-        f"0, {heads}, 0, {heads}, 0, {keys}, 0, {keys}, 0, 0, 0, 0, {width**-0.5}f, {int(sight == 'causal')}, 0, 0);",
+        f"0, {heads}, 0, {heads}, 0, {keys}, 0, {keys}, 0, 0, 0, 0, {width**-0.5}f, {int(sight == 'causal')}, 0, 0, "
+        "NULL, NULL);",
         "sv_tuned_scratch",
         (
             f"2 * i[3] * i[1] * {row} * (int64_t)sizeof({element})",

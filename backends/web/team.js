@@ -4,7 +4,7 @@ import { furtherInstance, localBytes } from "./code.js";
 import { SylvesterError } from "./errors.js";
 import { spawn } from "./platform.js";
 
-const STACK = 131072;
+const STACK = 524288;
 
 export class Team {
   /**
