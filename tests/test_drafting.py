@@ -30,8 +30,7 @@ DRAFTS = {
     "no attention": sv.passes.DropSublayers(attention=(0, 1, 2, 3)),
     "quantised": "quantize(weights=4, group=32)",
     "both": ["quantize(weights=8)", "ngram"],
-    "tree": "ngram, tree",
-    "tree of both": ["quantize(weights=8)", "ngram", "tree"],
+    "tree": ["ngram", "tree"],
 }
 WAYS = (
     {},
