@@ -91,6 +91,16 @@ def web_encoder(tmp_path_factory):
     return web.build_pair(web.trace_encoder(), None, tmp_path_factory.mktemp("web-encoder"), ("simd128",))
 
 
+@pytest.fixture(scope="session")
+def web_low_bit(tmp_path_factory):
+    """A linear layer with 4 bits a weight and 8 an activation."""
+    from tests import web
+
+    layer = torch.nn.Linear(96, 40)
+    folder = tmp_path_factory.mktemp("web-low-bit")
+    return web.build_pair(layer, (torch.randn(3, 96),), folder, ("simd128", "relaxed"), "w4a8")
+
+
 @pytest.fixture
 def bundle(web_model):
     return web_model / "wasm"

@@ -115,6 +115,27 @@ def test_threads_and_relaxed_simd_give_the_outputs_of_the_cpu(context, site, web
         np.testing.assert_allclose(np.reshape(found, logits.shape), logits, atol=2e-4)
 
 
+def test_low_bit_products_of_every_build_are_those_of_the_cpu(context, web_low_bit):
+    x = np.random.default_rng(1).standard_normal((5, 96), np.float32)
+    script = """async (x) => {
+        const { load } = await import("/model.js");
+        const found = [];
+        for (const isa of ["simd128", "relaxed"]) {
+          const model = await load({ url: "/", isa });
+          const [output] = Object.values(await model.run({ [model.manifest.entries.forward.inputs[0].name]: x }));
+          found.push(Array.from(output.data));
+          model.dispose();
+        }
+        return found;
+      }"""
+    with sv.load(web_low_bit / "cpu") as cpu:
+        expected = cpu(x)
+
+    with serving(web_low_bit / "wasm") as site:
+        for found in blank(context, site).evaluate(script, x.tolist()):
+            np.testing.assert_allclose(np.reshape(found, expected.shape), expected, atol=1e-5)
+
+
 def test_without_the_headers_one_thread_is_used_and_said_why(context, bundle, expected):
     with serving(bundle, isolation=False) as site:
         found = made(blank(context, site), threads=2)

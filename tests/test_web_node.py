@@ -186,6 +186,19 @@ def test_builds_that_do_not_run_here_are_refused_with_reasons(bundle):
     assert any("simd128-threads is not used: one thread was asked for" in note for note in facts["notes"])
 
 
+def test_engines_that_multiply_bytes_wrongly_do_not_get_relaxed_simd(web_low_bit):
+    x = np.random.default_rng(0).standard_normal((5, 96), np.float32)
+    script = """const model = await sylvester.load(folder, { threads: 1 });
+        const [input] = model.manifest.entries.forward.inputs;
+        const [output] = Object.values(await model.run({ [input.name]: given.x }));
+        return [output.data, model.facts];"""
+    found, facts = node(web_low_bit / "wasm", script, *web.relaxed_options(), x=x.tolist())
+    with sv.load(web_low_bit / "cpu") as cpu:
+        np.testing.assert_allclose(np.reshape(found, (5, 40)), cpu(x), atol=1e-5)
+
+    assert facts["isa"] == "relaxed" or any("relaxed is not used: this engine" in note for note in facts["notes"])
+
+
 def test_types_and_runtime_name_the_same(bundle):
     declared = set(re.findall(r"export (?:class|function) (\w+)", (bundle / "model.d.ts").read_text()))
     exported, abi = node(bundle, "return [Object.keys(sylvester), Number((await module('code.js')).ABI)];")

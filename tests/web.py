@@ -85,10 +85,10 @@ def cut(bundle: Path, folder: Path, size: int) -> Path:
     return folder
 
 
-def build_pair(model: Any, inputs: Any, folder: Path, isas: tuple[str, ...]) -> Path:
+def build_pair(model: Any, inputs: Any, folder: Path, isas: tuple[str, ...], passes: Any = ()) -> Path:
     """`folder/wasm` and `folder/cpu`."""
     for target in (sv.Target("wasm", isas=isas), sv.Target("cpu", isas=("scalar",), threads=1)):
-        with sv.compile(model, inputs, target=target) as compiled:
+        with sv.compile(model, inputs, target=target, passes=passes) as compiled:
             compiled.save(folder / target.name)
     return folder
 
@@ -118,6 +118,13 @@ def node(bundle: Path, script: str, *options: str, **given: Any) -> Any:
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout)
+
+
+def relaxed_options() -> list[str]:
+    """What switches relaxed SIMD on in a Node that has it as an experiment."""
+    option = "--experimental-wasm-relaxed-simd"
+    known = subprocess.run([str(NODE), "--v8-options"], capture_output=True, text=True, check=True).stdout
+    return [option] if option in known else []
 
 
 @dataclass

@@ -5,10 +5,13 @@ import { cores, isNode } from "./platform.js";
 
 const HEADER = [0, 97, 115, 109, 1, 0, 0, 0];
 const RETURNS_VECTOR = [1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0];
-/** Modules of one function each: a splat, a relaxed swizzle, an atomic load. */
+/** Modules of one function each: a splat, a dot product of bytes -1 and 1, an atomic load. */
 const PROBES = {
   simd: [...RETURNS_VECTOR, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11],
-  relaxed: [...RETURNS_VECTOR, 10, 15, 1, 13, 0, 65, 1, 253, 15, 65, 2, 253, 15, 253, 128, 2, 11],
+  relaxed: [
+    1, 5, 1, 96, 0, 1, 127, 3, 2, 1, 0, 7, 5, 1, 1, 102, 0, 0,
+    10, 22, 1, 20, 0, 65, 127, 253, 15, 65, 1, 253, 15, 65, 0, 253, 17, 253, 147, 2, 253, 27, 0, 11,
+  ],
   atomics: [1, 4, 1, 96, 0, 0, 3, 2, 1, 0, 5, 4, 1, 3, 1, 1, 10, 11, 1, 9, 0, 65, 0, 254, 16, 2, 0, 26, 11],
 };
 /** More threads than this rarely pay: the bandwidth of memory is used up. One core is left to the page. */
@@ -20,8 +23,14 @@ const NOT_ISOLATED =
   "the page is not cross-origin isolated; serve it with the headers Cross-Origin-Opener-Policy: same-origin and " +
   "Cross-Origin-Embedder-Policy: require-corp";
 
-const has = (/** @type {keyof typeof PROBES} */ name) =>
-  WebAssembly.validate(new Uint8Array([...HEADER, ...PROBES[name]]));
+const bytes = (/** @type {keyof typeof PROBES} */ name) => new Uint8Array([...HEADER, ...PROBES[name]]);
+const has = (/** @type {keyof typeof PROBES} */ name) => WebAssembly.validate(bytes(name));
+
+/** V8 11.3 takes the first bytes as unsigned. */
+function multipliesBytes() {
+  const { exports } = new WebAssembly.Instance(new WebAssembly.Module(bytes("relaxed")));
+  return /** @type {any} */ (exports).f() === -4;
+}
 
 /** From the best build down. */
 const ORDER = ["relaxed-threads", "simd128-threads", "relaxed", "simd128"];
@@ -52,6 +61,7 @@ function refusal(isa, carried, threads) {
   if (!carried.includes(isa)) return "the model was compiled without it";
   if (!has("simd")) return "this engine has no SIMD128";
   if (isa.startsWith("relaxed") && !has("relaxed")) return "this engine has no relaxed SIMD";
+  if (isa.startsWith("relaxed") && !multipliesBytes()) return "this engine's dot product of bytes is wrong";
   if (!isa.endsWith("-threads")) return "";
   if (threads < 2) return "one thread was asked for, or there are two cores, of which the page needs one";
   if (typeof SharedArrayBuffer === "undefined" || !(isNode || globalThis.crossOriginIsolated)) return NOT_ISOLATED;
