@@ -82,15 +82,18 @@ class Compiled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's forward returns. `InputError` says what was given and what was expected."""
-        entry = self.manifest.main
         given = self._named(args, kwargs)
-        inputs = {name: to_numpy(name, value) for name, value in given.items()}
-        spec = self.manifest.entries[entry]
-        state = self._runner.new_state(entry, inputs) if spec.states else None
-        outputs: Mapping[str, Any] = self._runner.run(entry, inputs, state)
+        outputs: Mapping[str, Any] = self.outputs({name: to_numpy(name, value) for name, value in given.items()})
         if any(is_tensor(value) for value in given.values()):
-            outputs = {s.name: to_tensor(outputs[s.name], s.dtype) for s in spec.outputs}
+            specs = self.manifest.entries[self.manifest.main].outputs
+            outputs = {s.name: to_tensor(outputs[s.name], s.dtype) for s in specs}
         return package(self.manifest.output.type, outputs)
+
+    def outputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs of the main entry by name, in order; arrays in, arrays out."""
+        entry = self.manifest.main
+        state = self._runner.new_state(entry, inputs) if self.manifest.entries[entry].states else None
+        return self._runner.run(entry, inputs, state)
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         names = [spec.name for spec in asked(self.manifest.entries[self.manifest.main])]

@@ -152,6 +152,11 @@ def _trace(
     return program, ledger
 
 
+def raised(program: Program) -> Program:
+    """A captured program in dialect ops, without entries that are derived from it."""
+    return _rewrite(program, _built_in(RAISE), silent)[0]
+
+
 def _derive(program: Program, ledger: Ledger, progress: Progress) -> tuple[Program, Ledger]:
     """Entries `prefill` and `decode` for a causal LM; a language model that does not allow them gets a note."""
     model = analyse(program)
