@@ -15,6 +15,7 @@ from torch import Tensor
 from sylvester.compiler import knobs
 from sylvester.compiler.changes import Changes
 from sylvester.compiler.check import Bases, Results, evaluate, moved, require_same
+from sylvester.compiler.graph_steps import recorder
 from sylvester.compiler.ledger import Facts, Ledger, Row
 from sylvester.compiler.measure import Measured, measure
 from sylvester.compiler.program import Program
@@ -81,11 +82,16 @@ class Pipeline:
         ledger = Ledger()
         witness = Witness() if self.check and knobs.CHECK.get() != "0" else None
         facts = Facts.of(program)
+        record = recorder()
+        if record:
+            record.begin(program)
         for index, step in enumerate(self.passes):
             with _blame(f"in pass {index + 1}/{len(self.passes)}: {step}"):
                 row = _apply(step, program, facts, witness)
             ledger.rows.append(row)
             facts = row.after
+            if record:
+                record.after(str(step), program)
             for observe in self.observers:
                 observe(Event(step, index, program, row))
         return program, ledger

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +18,9 @@ from sylvester.compiler.calibration import Calibration
 from sylvester.compiler.errors import CompileError, InvalidProgram
 from sylvester.compiler.ops import FACTS
 from sylvester.compiler.weights import ParameterStore
+
+if TYPE_CHECKING:
+    import networkx
 
 Kind = Literal["input", "weight", "state"]
 ORIGIN = ("stack_trace", "nn_module_stack", "made_by")
@@ -221,6 +224,12 @@ class Program:
         if (given := samples.listed(calibration)) is not None:
             program.calibration = samples.parse(program, given)
         return Pipeline(resolve.expand(resolve.resolve_passes(passes), program, None).passes)(program)
+
+    def to_networkx(self) -> networkx.MultiDiGraph:
+        """Every op, input and weight as a node of one graph; see compiler/graph_steps.py."""
+        from sylvester.compiler.graph_steps import to_networkx
+
+        return to_networkx(self)
 
     def nodes(self) -> Iterator[tuple[str, fx.Node]]:
         for name, entry in self.entries.items():

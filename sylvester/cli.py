@@ -307,11 +307,25 @@ def passes(as_json: Json = False) -> None:
 
 
 @app.command()
-def show(model: Model, as_json: Json = False) -> None:
-    """Print an artefact's entries and files, or the program traced from a model."""
+def show(
+    model: Model,
+    passes: Annotated[str, typer.Option(help=PASSES)] = "",
+    diff: Annotated[bool, typer.Option("--diff", help="Only the lines that the passes changed.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write the graph before and after every pass, side by side, to this page.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Print an artefact's entries and files, or the program traced from a model, before or after passes."""
     from sylvester.cli_show import artefact_facts, program_facts
 
-    facts, text = artefact_facts(Path(model)) if (Path(model) / "manifest.json").exists() else program_facts(model)
+    steps = _passes(passes)
+    if not (Path(model) / "manifest.json").exists():
+        facts, text = program_facts(model, steps, diff, html)
+    elif steps or diff or html:
+        raise typer.BadParameter("--passes, --diff and --html are for models, this is an artefact")
+    else:
+        facts, text = artefact_facts(Path(model))
     emit(facts, text, as_json)
 
 

@@ -93,10 +93,24 @@ def artefact_facts(folder: Path) -> tuple[dict[str, Any], str]:
     return json.loads(manifest.to_json()), f"target {manifest.target}\n{describe(manifest)}\n{table(files)}"
 
 
-def program_facts(model: str) -> tuple[dict[str, Any], str]:
+def program_facts(
+    model: str, passes: Sequence[str], only_changes: bool, html: Path | None
+) -> tuple[dict[str, Any], str]:
+    """The program traced from a model, after passes if there are any; with `html`, a page of what each pass did."""
     from sylvester.cli_inputs import load_model
+    from sylvester.compiler import graph_html
     from sylvester.compiler.driver import trace
+    from sylvester.compiler.graph_steps import recording
+    from sylvester.compiler.printing import diff
 
-    program = trace(*load_model(model))
+    with recording() as record:
+        traced = trace(*load_model(model))
+        program = traced.rewrite(passes) if passes else traced
     facts = {name: {"nodes": len(entry.calls())} for name, entry in program.entries.items()}
-    return {"entries": facts, "parameter_bytes": program.weights.nbytes}, str(program)
+    shown = {"entries": facts, "parameter_bytes": program.weights.nbytes}
+    if html is not None:
+        html.write_text(
+            graph_html.render(f"{model}: {', '.join(passes) or 'as traced'}", record.steps), encoding="utf-8"
+        )
+        return shown | {"html": str(html)}, f"wrote {html}"
+    return shown, diff(traced, program) if only_changes else str(program)
