@@ -73,7 +73,7 @@ def backend(
         function = Function(Region(graph, examples), examples, chosen.get("threads"))
     except CompileError as error:
         _leave(nodes, error.message)
-        return graph.forward  # type: ignore[no-any-return]
+        return graph.forward
     _graphs.append(Graph(nodes, ledger=function.compiled.ledger))
     return function
 

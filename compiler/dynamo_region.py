@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import SymInt, Tensor, fx, nn
@@ -27,7 +27,7 @@ class Region(nn.Module):
         self.numbers = {i: float(examples[i]) for i in self._of("number")}
         self.free = {f"x{i}": {a for a, size in enumerate(self.facts[i].shape) if _is_free(size)} for i in self.moving}
         self.source, self.graph = graph, self._with_numbers(graph)
-        self.returned: list[Any] = list(graph.graph.output_node().args[0])
+        self.returned = list(cast("Sequence[Any]", graph.graph.output_node().args[0]))
         self.sizes = self._sizes()
         self.computed = [i for i, node in enumerate(self.returned) if self._is_computed(node)]
         if not self.moving or not self.computed:

@@ -83,9 +83,9 @@ def lines(program: Program) -> Graphs:
     return {name: tuple(render_entry(name, entry).splitlines()[:-1]) for name, entry in program.entries.items()}
 
 
-def to_networkx(program: Program) -> nx.MultiDiGraph:
+def to_networkx(program: Program) -> nx.MultiDiGraph[str]:
     """Nodes "entry/name" with `entry`, `op`, `fact` and `module`, edges by operand; weights are shared by entries."""
-    graph = nx.MultiDiGraph()
+    graph: nx.MultiDiGraph[str] = nx.MultiDiGraph()
     for entry, node in program.nodes():
         key = _key(entry, node)
         graph.add_node(key, **_attributes(entry, node))

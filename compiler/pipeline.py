@@ -15,6 +15,7 @@ from torch import Tensor
 from sylvester.compiler import knobs
 from sylvester.compiler.changes import Changes
 from sylvester.compiler.check import Bases, Results, evaluate, moved, require_same
+from sylvester.compiler.errors import CompileError
 from sylvester.compiler.graph_steps import recorder
 from sylvester.compiler.ledger import Facts, Ledger, Row
 from sylvester.compiler.measure import Measured, measure
@@ -149,6 +150,8 @@ def _apply(step: Pass, program: Program, before: Facts, witness: Witness | None)
         judge.quality.before(program)
     start = time.perf_counter()
     changes = step.run(program)
+    if not isinstance(changes, Changes):
+        raise CompileError(f"the pass {step.name!r} returned {changes!r}, expected Changes")
     program.sweep()
     seconds = time.perf_counter() - start
     verify(program)

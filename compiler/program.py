@@ -225,7 +225,7 @@ class Program:
             program.calibration = samples.parse(program, given)
         return Pipeline(resolve.expand(resolve.resolve_passes(passes), program, None).passes)(program)
 
-    def to_networkx(self) -> networkx.MultiDiGraph:
+    def to_networkx(self) -> networkx.MultiDiGraph[str]:
         """Every op, input and weight as a node of one graph; see compiler/graph_steps.py."""
         from sylvester.compiler.graph_steps import to_networkx
 
