@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from sylvester.compiler import knobs
-from sylvester.compiler.changes import Changes
+from sylvester.compiler.changes import Changes, Refusal
 from sylvester.compiler.check import Bases, Results, evaluate, moved, require_same
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.graph_steps import recorder
@@ -21,6 +21,7 @@ from sylvester.compiler.ledger import Facts, Ledger, Row
 from sylvester.compiler.measure import Measured, measure
 from sylvester.compiler.program import Program
 from sylvester.compiler.quality import Judge
+from sylvester.compiler.row_dependence import dependences
 from sylvester.compiler.verify import verify
 
 Contract = Literal["exact", "lossy", "drafted"]
@@ -83,12 +84,14 @@ class Pipeline:
         ledger = Ledger()
         witness = Witness() if self.check and knobs.CHECK.get() != "0" else None
         facts = Facts.of(program)
-        record = recorder()
+        record, rows = recorder(), dependences(program) if witness else {}
         if record:
             record.begin(program)
         for index, step in enumerate(self.passes):
             with _blame(f"in pass {index + 1}/{len(self.passes)}: {step}"):
                 row = _apply(step, program, facts, witness)
+            if witness:
+                rows = _flag(row.changes, rows, dependences(program))
             ledger.rows.append(row)
             facts = row.after
             if record:
@@ -140,6 +143,15 @@ class Witness:
 
     def forget(self) -> None:
         self.last = None
+
+
+def _flag(changes: Changes, before: Mapping[str, Refusal], after: dict[str, Refusal]) -> dict[str, Refusal]:
+    """Notes entries whose rows the pass lets depend on each other; returns what is true of them now."""
+    for name, found in after.items():
+        if name not in before:
+            where = f" at %{found.at.name}" if found.at else ""
+            changes.note(f"a row of a batch may depend on other rows in {name!r}: {found.reason}{where}")
+    return after
 
 
 def _apply(step: Pass, program: Program, before: Facts, witness: Witness | None) -> Row:
