@@ -23,13 +23,13 @@ NAMES = {
 OUTER = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
 
 
-def write(path: Path, checkpoint: Checkpoint, precision: str) -> None:
+def write(path: Path, checkpoint: Checkpoint, precision: str, bytes_known: int = 256) -> None:
     config = checkpoint.config
     kind, file_type = KINDS[precision]
     writer = gguf.GGUFWriter(str(path), "llama")
     describe(writer, config)
     writer.add_file_type(file_type)
-    vocabulary(writer, config.vocab_size)
+    vocabulary(writer, config.vocab_size, bytes_known)
     for name, tensor in checkpoint.tensors().items():
         if name == "lm_head.weight":
             continue
@@ -58,16 +58,17 @@ def describe(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
-def vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
-    """A SentencePiece vocabulary: the loader insists on one."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    words = [f"\u2581w{number}" for number in range(size - len(pieces))]
+def vocabulary(writer: gguf.GGUFWriter, size: int, bytes_known: int) -> None:
+    """A SentencePiece vocabulary: the loader insists on one. A space is known where not every byte is."""
+    space = ["\u2581"] if bytes_known < 256 else []
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(bytes_known))]
+    words = [*space, *(f"\u2581w{number}" for number in range(size - len(pieces) - len(space)))]
     types = gguf.TokenType
     writer.add_tokenizer_model("llama")
     writer.add_token_list([piece.encode() for piece in pieces + words])
     writer.add_token_scores([0.0] * len(pieces) + [-float(number) for number in range(len(words))])
     writer.add_token_types(
-        [types.UNKNOWN, types.CONTROL, types.CONTROL, *[types.BYTE] * 256, *[types.NORMAL] * len(words)]
+        [types.UNKNOWN, types.CONTROL, types.CONTROL, *[types.BYTE] * bytes_known, *[types.NORMAL] * len(words)]
     )
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
