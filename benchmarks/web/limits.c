@@ -38,6 +38,21 @@ EXPORT int32_t peak_int8(int32_t loops, int32_t seed)
     return wasm_i32x4_extract_lane(a[0], 0);
 }
 
+/* 16 operations of 16-bit integers a vector: what bytes of any value come to. */
+EXPORT int32_t peak_int16(int32_t loops, int32_t seed)
+{
+    v128_t a[CHAINS], x = wasm_i16x8_splat(seed);
+    const v128_t y = wasm_i16x8_splat(3);
+    for (int c = 0; c < CHAINS; c++) a[c] = wasm_i32x4_splat(c);
+    for (int32_t n = 0; n < loops; n++) {
+#pragma clang loop unroll(full)
+        for (int c = 0; c < CHAINS; c++) a[c] = wasm_i32x4_add(a[c], wasm_i32x4_dot_i16x8(x, y));
+        x = wasm_v128_xor(x, a[0]);
+    }
+    for (int c = 1; c < CHAINS; c++) a[0] = wasm_i32x4_add(a[0], a[c]);
+    return wasm_i32x4_extract_lane(a[0], 0);
+}
+
 /* 8 operations of 32-bit floats a vector. */
 EXPORT float peak_f32(int32_t loops, float factor)
 {

@@ -14,7 +14,7 @@ from sylvester.backends.toolchain import build_shared, find_compiler
 from sylvester.codegen.isa import THREADED, WASM
 
 SOURCE = Path(__file__).with_name("limits.c")
-ARITHMETIC = ("int8", "f32")
+ARITHMETIC = ("int8", "int16", "f32")
 PASSES = 5
 MEASURE = "([what, given]) => globalThis.engine.measure[what](given)"
 

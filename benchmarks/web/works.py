@@ -54,11 +54,12 @@ class PageWork(Work):
         return float(self.sizes.get("num_key_value_heads", 1) / self.sizes["num_attention_heads"])
 
     def operations(self) -> float:
+        """None for a decode step, which is held against reading alone."""
         linear, head = self.weights()
+        if self.kind == "decode":
+            return 0.0
         if self.kind == "encode":
             return 2.0 * SEQUENCE * linear + 4.0 * SEQUENCE * SEQUENCE * self.layers * self.width
-        if self.kind == "decode":
-            return 2.0 * (linear + head) + 4.0 * (CONTEXT + 1) * self.layers * self.width
         return 2.0 * (PROMPT * linear + head) + 2.0 * PROMPT * PROMPT * self.layers * self.width
 
     def read(self, precision: str) -> float:

@@ -3,7 +3,7 @@
 const PAGE = 65536;
 const BASE = 16 * PAGE;
 const LOOPS = 2_000_000;
-const OPERATIONS = { int8: 12 * 32, f32: 12 * 8 };
+const OPERATIONS = { int8: 12 * 32, int16: 12 * 16, f32: 12 * 8 };
 
 export async function open({ url, threads, bytes }) {
   const module = await WebAssembly.compileStreaming(fetch(url));
