@@ -64,7 +64,7 @@ def opened(
         return Row(work.name, model.engine, model.precision, failure=" ".join(str(failure).split())[:300]), None, {}
     error, tokens = checks.difference(answer, expected), checks.agreeing(answer, expected)
     wrong = checks.problem(model.precision, error, tokens, expected)
-    facts = {**tab.facts, "tokens as PyTorch": f"{tokens} of {len(expected.tokens)}"}
+    facts = tab.facts | ({"tokens as PyTorch": tokens} if expected.tokens else {})
     if wrong:
         tab.close()
     row = Row(work.name, model.engine, model.precision, error=error, failure=wrong)
