@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -30,9 +31,20 @@ _MODULE = (
     "-Wl,--export-dynamic",
     "-Wl,--export=__heap_base",
     "-Wl,--export=__stack_pointer",
+    "-Wl,--export-table",
+    "-Wl,--growable-table",
     "-Wl,-z,stack-size=524288",
 )
 """Of WebAssembly, whose memory the page makes."""
+_BESIDE = (
+    "-target",
+    "wasm32-freestanding",
+    "-nostdlib",
+    "-Wl,--no-entry",
+    "-Wl,--import-memory",
+    "-Wl,--export=__stack_pointer",
+)
+"""Of functions without data beside another module, in its memory; each thread gives them a stack."""
 _THREADS = (
     "-Wl,--shared-memory",
     "-Wl,--max-memory=4294901760",
@@ -128,40 +140,44 @@ def version(compiler: Compiler) -> str:
     return " ".join([*(shown.stdout.splitlines() or ["unknown"])[:1], *compiler.command[1:]])
 
 
-def build_shared(source: str, out: Path, isa: Isa, *, compiler: Compiler | None = None) -> Path:
+def build_shared(source: str, out: Path, isa: Isa, *, compiler: Compiler | None = None, beside: bool = False) -> Path:
     """Compile C text into the shared library `out`, which appears whole or not at all.
 
-    The same text, compiler and flags give the library that an earlier call kept in the cache folder.
+    The same text, compiler and flags give the library that an earlier call kept in the cache folder. `beside`: a module
+    of WebAssembly that shares the memory of another.
     """
     compiler = compiler or find_compiler(architecture=isa.architecture)
-    flags = [*compiler.arguments(isa)[len(compiler.command) :], *_linked(isa)]
+    linked = _linked(isa, beside)
+    flags = [*compiler.arguments(isa)[len(compiler.command) :], *linked]
     key = sha256("\0".join([source, compiler.family, version(compiler), *flags]).encode()).hexdigest()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=out.parent) as folder:
         built = Path(folder, out.name)
         if not built_before(key, built):
-            _build(source, built, isa, compiler)
+            _build(source, built, isa, compiler, linked)
             keep(key, built)
         built.replace(out)
     return out
 
 
-def _build(source: str, built: Path, isa: Isa, compiler: Compiler) -> None:
+def _build(source: str, built: Path, isa: Isa, compiler: Compiler, linked: Sequence[str]) -> None:
     """Objects are linked as for the baseline: zig would build its support library anew for every instruction set."""
     text, compiled = built.with_suffix(".c"), built.with_suffix(".o")
     text.write_text(source, encoding="utf-8")
     scratch = built.with_name("zig")
     _run([*compiler.arguments(isa), "-c", "-o", str(compiled), str(text)], built.name, scratch)
     base = isa if isa.architecture == WASM else variants((), isa.architecture)[0]
-    link = [*compiler.arguments(base), *_linked(isa)]
-    _run([*link, "-o", str(built), str(compiled), "-lm"], built.name, scratch)
+    link = [*compiler.arguments(base), *linked]
+    libraries = () if "-nostdlib" in linked else ("-lm",)
+    _run([*link, "-o", str(built), str(compiled), *libraries], built.name, scratch)
 
 
-def _linked(isa: Isa) -> tuple[str, ...]:
+def _linked(isa: Isa, beside: bool) -> tuple[str, ...]:
     """What makes a library, or a module, of an object."""
     if isa.architecture != WASM:
         return ("-shared",)
-    return (*_MODULE, *(_THREADS if "atomics" in isa.zig else ()), "-s")
+    shared = _THREADS if "atomics" in isa.zig else ()
+    return (*_BESIDE, *shared[:2], "-s") if beside else (*_MODULE, *shared, "-s")
 
 
 def _run(command: list[str], what: str, scratch: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,9 +18,9 @@ from sylvester.backends.signature import manifest
 from sylvester.backends.toolchain import Compiler, build_shared, find_compiler, version
 from sylvester.backends.web_bundle import write_bundle
 from sylvester.backends.web_tokenizer import available
-from sylvester.codegen.compile import compile_program
+from sylvester.backends.web_tuning import candidate_modules, write_problems
+from sylvester.codegen.compile import Compiled, compile_program
 from sylvester.codegen.isa import WASM, Isa, of, variants
-from sylvester.codegen.plan import Unit
 from sylvester.compiler import knobs
 from sylvester.compiler.errors import Unsupported
 from sylvester.compiler.manifest import Manifest
@@ -64,7 +65,8 @@ class Wasm(Backend):
         self.facts, self.fusions = {"memory": plan.to_dict() | {"page": needed}}, compiled.fusions
         isas = variants(compiled.unit.formats, WASM, target.isas or [isa.name for isa in of(WASM)])
         write_shards(folder, stored)
-        _build(compiled.unit, isas, folder, progress)
+        _build(compiled, isas, folder, progress)
+        write_problems(folder, compiled.panels, isas)
         write_table(folder, compiled.unit.costs)
         self.notes += write_bundle(program, folder)
         return replace(made, isas=tuple(isa.name for isa in isas), arch=WASM)
@@ -74,18 +76,20 @@ def _compiler() -> Compiler:
     return find_compiler("ziglang", architecture=WASM)
 
 
-def _build(unit: Unit, isas: tuple[Isa, ...], folder: Path, progress: Progress) -> None:
-    compiler = _compiler()
-    progress("compile", 0, len(isas))
+def _build(compiled: Compiled, isas: tuple[Isa, ...], folder: Path, progress: Progress) -> None:
+    build = partial(build_shared, compiler=_compiler())
+    code = folder / "code"
+    modules = [(compiled.unit.text(isa), code / f"{isa.name}.wasm", isa, False) for isa in isas]
+    for isa in isas:
+        texts = candidate_modules(compiled.panels, isa)
+        modules += [(text, code / "tuning" / f"{isa.name}-{name}.wasm", isa, True) for name, text in texts.items()]
+    progress("compile", 0, len(modules))
     with ThreadPoolExecutor(knobs.threads()) as pool:
-        jobs = [
-            pool.submit(build_shared, unit.text(isa), folder / "code" / f"{isa.name}.wasm", isa, compiler=compiler)
-            for isa in isas
-        ]
+        jobs = [pool.submit(build, text, out, isa, beside=beside) for text, out, isa, beside in modules]
         try:
             for done, job in enumerate(as_completed(jobs)):
                 job.result()
-                progress("compile", done + 1, len(isas))
+                progress("compile", done + 1, len(modules))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -45,6 +45,7 @@ from sylvester.codegen.scalar import Load
 from sylvester.codegen.shapes import size
 from sylvester.codegen.space import Problem
 from sylvester.codegen.sparse_layers import strided_layouts
+from sylvester.codegen.web_problems import Uses, add_uses
 from sylvester.compiler.ledger import Fusion
 from sylvester.compiler.program import Entry, Program, value
 
@@ -58,25 +59,31 @@ REGISTERED = (
 
 @dataclass(frozen=True)
 class Compiled:
-    """Per entry: the stored tensors in the order of their pointers, and what the kernels may be tuned for."""
+    """Per entry: the stored tensors in the order of their pointers, and what the kernels may be tuned for.
+
+    `panels`: what a page may choose micro-kernels for.
+    """
 
     unit: Unit
     weights: Mapping[str, tuple[Layout, ...]]
     problems: Mapping[str, Counter[Problem]]
     fusions: tuple[Fusion, ...]
+    panels: Uses
 
 
 def compile_program(program: Program) -> Compiled:
     """Lower every entry; `Unsupported` lists the ops that have no lowering."""
     unit, weights, problems, fused = Unit(), {}, {}, []
+    panels: Uses = {}
     for name, plan in plans(program).items():
         hints = _hints(program.entries[name])
         outputs = [_in_place(plan, b) for b in plan.of_kind("output")]
         problems[name] = problems_of(plan, hints)
+        add_uses(panels, plan)
         fused += fuse(plan, hints)
         unit.add(plan, outputs, hints)
         weights[name] = tuple(b.layout for b in plan.of_kind("weight") if b.layout)
-    return Compiled(unit, weights, worth_tuning(problems), tuple(fused))
+    return Compiled(unit, weights, worth_tuning(problems), tuple(fused), panels)
 
 
 def program_problems(program: Program) -> dict[str, Counter[Problem]]:

@@ -19,6 +19,7 @@ from sylvester.codegen.memory import ALIGNMENT, Slot, assign, lifetimes
 from sylvester.codegen.prelude import prelude, render
 from sylvester.codegen.scalar import C_TYPES
 from sylvester.codegen.schedule import ExternCall, Kernel, LoopNest, schedule
+from sylvester.codegen.web_candidates import choices
 
 ABI = 2
 """Version of the calling convention of the exported functions; the loader checks it."""
@@ -73,6 +74,7 @@ class Unit:
                 [
                     prelude(isa),
                     *format_headers(self.formats, isa),
+                    *choices(self.formats, isa),
                     *header,
                     render("plan.h.in"),
                     render("abi.h.in", ABI=ABI),

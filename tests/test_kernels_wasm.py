@@ -19,7 +19,6 @@ from tests import (
     test_kernels_steady,
     test_kernels_tree,
 )
-from tests.kernel_harness import load
 from tests.webassembly import engine
 
 KERNELS = {
@@ -62,12 +61,3 @@ def test_threaded_modules_share_their_memory(isa, tmp_path):
     memory = next(wanted for wanted in module.imports if wanted.name == "memory")
     assert memory.type.is_shared
     assert {"sv_team_work", "sv_team_stop", "sv_team_place"} <= {found.name for found in module.exports}
-
-
-def test_sums_in_words_are_the_same():
-    lib = load(test_kernels_quantized.SOURCE, RELAXED)
-    lib.exports["sv_sum_in_words"](lib.store, 1)
-    try:
-        test_kernels_quantized.test_under_emulation(RELAXED)
-    finally:
-        lib.exports["sv_sum_in_words"](lib.store, 0)

@@ -27,7 +27,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         made = engine()
-        self.store = wasmtime.Store(made)
+        self.engine, self.store = made, wasmtime.Store(made)
         self.module = wasmtime.Module.from_file(made, str(path))
         self.memory = wasmtime.Memory(self.store, wasmtime.MemoryType(wasmtime.Limits(4096, 65535)))
         seconds = wasmtime.Func(self.store, wasmtime.FuncType([], [wasmtime.ValType.f64()]), lambda: 0.0)
