@@ -303,6 +303,47 @@ def test_two_tabs_download_once(context, site, bundle, expected, shard):
     assert site.parts(shard) == [""]
 
 
+def test_kernels_of_all_threads_are_swapped_and_remembered(context, bundle, expected, tmp_path):
+    script = """async ([prompt, count, options]) => {
+        const { load } = await import(new URL("/model.js", location.href).href);
+        const model = await load({ url: "/", threads: 2, ...options });
+        const say = async () => (await model.generate(prompt, { maxNewTokens: count })).ids;
+        const found = [await say(), await model.tuned, await say()];
+        model.dispose();
+        return found;
+      }"""
+    with serving(web.eager(bundle, tmp_path / "eager")) as site:
+        for storage in ("opfs", "cache"):
+            page, visits = blank(context, site), []
+            for _ in range(2):
+                visits.append(page.evaluate(script, [PROMPT, TOKENS, {"storage": storage}]))
+            (_, tuned, _), (_, again, _) = visits
+
+            assert all((before, after) == (expected, expected) for before, _, after in visits)
+            assert "default" not in {shape["candidate"] for shape in tuned["shapes"]}
+            assert again == {**tuned, "remembered": True}
+            assert len(site.parts("simd128-threads-f32.wasm")) == (1 if storage == "opfs" else 2)
+
+
+@pytest.mark.usefixtures("texts")
+def test_the_report_shows_what_was_tuned_on_this_device(context, bundle, tmp_path):
+    page = context.new_page()
+    with serving(web.eager(bundle, tmp_path / "eager")) as site:
+        page.goto(site.url)
+        page.get_by_role("tab", name="Report").click()
+        page.locator("svg.plot").first.wait_for()
+        assert page.get_by_text("Tuned on this device").count() == 0
+        page.get_by_role("tab", name="Run").click()
+        page.get_by_role("textbox").fill("Once")
+        page.get_by_label("Tokens").first.fill("8")
+        page.get_by_role("button", name="Generate").click()
+        page.locator(".out:not(.busy) .text:not(:empty)").wait_for()
+        page.get_by_role("tab", name="Report").click()
+        page.get_by_role("heading", name="Tuned on this device").wait_for()
+
+        assert page.get_by_text("f32, k 32, 256 rows").is_visible()
+
+
 def test_a_model_loads_inside_a_worker(context, bundle, expected, tmp_path):
     folder = tmp_path / "site"
     shutil.copytree(bundle, folder)

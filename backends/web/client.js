@@ -13,6 +13,10 @@ export class Client {
     this.closed = false;
     /** @type {SylvesterError | undefined} */
     this.failure = undefined;
+    /** @type {any} What tuning found. */
+    this.found = undefined;
+    /** @param {[string, Uint8Array]} keep what the next load may begin with */
+    this.remember = (keep) => {};
     worker.listen((message) => this.hear(message), (error) => this.fail(error));
   }
 
@@ -43,8 +47,12 @@ export class Client {
     });
   }
 
-  hear({ id, event, value, error, memory }) {
+  hear({ id, event, value, error, memory, found, keep }) {
     const call = this.calls.get(id);
+    if (found) {
+      this.found = found;
+      if (keep) this.remember(keep);
+    }
     if (!call) return;
     if (event) call.onEvent?.(event);
     else if (error) call.reject(fromPlain(error));

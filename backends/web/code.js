@@ -26,8 +26,8 @@ export async function firstInstance(module, memory) {
 /** Bytes for thread-local data of one more instance. */
 export const localBytes = (code) => code.__tls_size?.value ?? 0;
 
-/** An instance with a stack that ends at `stack`, and thread-local data at `local`. */
-export async function furtherInstance(module, memory, stack, local) {
+/** An instance with a stack that ends at `stack`, and thread-local data at `local` where it has any. */
+export async function furtherInstance(module, memory, stack, local = 0) {
   const code = await instantiate(module, memory);
   code.__stack_pointer.value = stack;
   if (localBytes(code)) code.__wasm_init_tls(local);

@@ -6,6 +6,8 @@ import { generate } from "./generate.js";
 import { loadModel } from "./loading.js";
 import { Session } from "./session.js";
 
+const NOTHING = { seconds: 0, remembered: false, shapes: [] };
+
 export class Host {
   /** @param {(message: object, transfer?: ArrayBuffer[]) => void} post */
   constructor(post) {
@@ -13,8 +15,10 @@ export class Host {
     /** @type {Map<number, AbortController>} */
     this.running = new Map();
     this.last = Promise.resolve();
-    /** @type {{engine: import("./engine.js").Engine, tokenizer?: any, facts: object}} */
+    /** @type {{engine: import("./engine.js").Engine, files: import("./files.js").Files, tokenizer?: any, facts: any}} */
     this.model = undefined;
+    /** Set off by the first call that was answered. */
+    this.served = new Promise((/** @type {(value?: any) => void} */ serve) => (this.serve = serve));
     /** @type {Session} */
     this.session = undefined;
   }
@@ -27,7 +31,16 @@ export class Host {
     const controller = new AbortController();
     this.running.set(id, controller);
     const event = (/** @type {object} */ value) => this.post({ id, event: value });
-    this.last = this.last.then(() => this.answer(id, () => this[method](argument, controller.signal, event)));
+    const work = () => this.answer(id, () => this[method](argument, controller.signal, event));
+    if (method === "found") work();
+    else this.turn(work).then(() => method !== "load" && this.serve());
+  }
+
+  /** After all that was asked before. @template T @param {() => Promise<T>} work */
+  turn(work) {
+    const done = this.last.then(work);
+    this.last = done.then(() => {}, () => {});
+    return done;
   }
 
   async answer(id, work) {
@@ -41,7 +54,7 @@ export class Host {
   }
 
   /** @param {any} argument @param {AbortSignal} signal @param {(event: object) => void} report */
-  async load({ kept, ...wanted }, signal, report) {
+  async load({ kept, tune, ...wanted }, signal, report) {
     try {
       this.model = await loadModel(wanted, kept, { signal, report });
     } catch (error) {
@@ -50,7 +63,22 @@ export class Host {
     }
     const { engine, facts } = this.model;
     const { files, ...manifest } = engine.manifest;
+    this.tuned = this.tune(tune).catch(({ message }) => ({ ...NOTHING, notes: [`not tuned: ${message}`] }));
     return { value: { facts, manifest, text: this.hasText } };
+  }
+
+  /** Seconds, or false. What it found is told once, also to whoever does not ask. */
+  async tune(seconds = 30) {
+    if (!seconds) return { ...NOTHING, notes: ["tuning is switched off"] };
+    const { tune } = await import("./tuning.js");
+    const told = await tune(this.model, seconds, this.served, (work) => this.turn(work));
+    this.post(told);
+    return told.found;
+  }
+
+  /** Does not take turns: it waits for what calls of others set off. */
+  async found() {
+    return { value: await this.tuned };
   }
 
   async run({ inputs, entry }) {

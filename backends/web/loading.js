@@ -44,7 +44,7 @@ export async function loadModel(wanted, kept, { signal, report }) {
   const { threads, isa } = chosen;
   const notes = [...chosen.notes, ...files.notes];
   const seconds = (performance.now() - start) / 1e3;
-  return { engine, tokenizer, facts: { isa, threads, notes, storage: files.storage.kind, seconds } };
+  return { engine, tokenizer, files, facts: { isa, threads, notes, storage: files.storage.kind, seconds } };
 }
 
 function specOf(manifest, file) {

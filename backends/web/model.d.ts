@@ -18,6 +18,11 @@ export interface LoadOptions {
   storage?: "opfs" | "cache" | "memory";
   /** How often a fetch is tried again after the last bytes came, and the milliseconds before the first time. */
   retries?: { count: number; delay: number };
+  /**
+   * Seconds that kernels may be timed on this device, once and after the first call; 30 by default, false for none.
+   * What is found is kept for the next visit.
+   */
+  tune?: number | false;
   onProgress?: (progress: Progress) => void;
   /** Cancels; loading again goes on where it stopped. */
   signal?: AbortSignal;
@@ -75,6 +80,26 @@ export interface Generated {
   tokensPerSecond: number;
 }
 
+/** Products with the weights of one format and depth, for about so many rows at once. */
+export interface TunedShape {
+  name: string;
+  /** Milliseconds of all of them in the model, by the kernel of the build, and by the one that runs from then on. */
+  default: number;
+  tuned: number;
+  /** What the chosen one does otherwise, or `default`. */
+  candidate: string;
+}
+
+export interface Tuned {
+  /** Spent on timing; calls did not wait for them. */
+  seconds: number;
+  /** Whether an earlier visit found it. */
+  remembered: boolean;
+  shapes: TunedShape[];
+  /** What was not tuned and why, and candidates that were dropped. */
+  notes: string[];
+}
+
 export interface Facts {
   isa: string;
   threads: number;
@@ -87,11 +112,15 @@ export interface Facts {
   memory: number;
   /** Whether it takes texts. */
   text: boolean;
+  /** What tuning found, once it is done. */
+  tuned?: Tuned;
 }
 
 export class Model {
   private constructor();
   readonly facts: Facts;
+  /** What tuning finds; it begins after the first call. */
+  readonly tuned: Promise<Tuned>;
   /** What manifest.json says, without the list of files. */
   readonly manifest: any;
   /** Outputs by name of one call of an entry, by default the one that computes what the model's forward computed. */

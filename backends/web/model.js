@@ -21,6 +21,7 @@ export async function load(given, more = {}) {
   const { url, signal, onProgress, ...wanted } = options;
   if (!url) throw new InputError("load() was given no url", { hint: "load('./bundle/')" });
   const client = await Client.start();
+  client.remember = ([name, bytes]) => kept.set(name, bytes);
   const onEvent = (event) => (event.kept ? event.kept.forEach((part, name) => kept.set(name, part)) : onProgress?.(event));
   try {
     const argument = { ...wanted, url: await folderUrl(url), kept };
@@ -45,7 +46,12 @@ export class Model {
   }
 
   get facts() {
-    return { ...this.#loaded.facts, text: this.#loaded.text, memory: this.#client.memory };
+    return { ...this.#loaded.facts, text: this.#loaded.text, memory: this.#client.memory, tuned: this.#client.found };
+  }
+
+  /** What tuning found, which begins after the first call. */
+  get tuned() {
+    return this.#client.call("found", {});
   }
 
   /** @param {Record<string, any>} inputs @param {{entry?: string}} [options] */

@@ -31,8 +31,13 @@ export class Team {
     if (scratch <= this.scratch) return;
     await this.rest();
     this.at = this.heap.replace(this.at, this.code.sv_team_bytes(this.threads, scratch));
-    this.code.sv_team_place(this.at, this.threads, scratch);
     this.scratch = scratch;
+    this.begin();
+  }
+
+  /** Starts the work of the helpers. */
+  begin() {
+    this.code.sv_team_place(this.at, this.threads, this.scratch);
     this.helpers.forEach((helper, index) => helper.work(this.at, index + 1));
   }
 
@@ -55,25 +60,31 @@ class Helper {
     this.stack = heap.alloc(STACK) + STACK;
     this.local = local ? heap.alloc(local) : 0;
     this.idle = Promise.resolve();
+    /** @type {(result?: any) => void} What becomes of the last message. */
+    this.answered = this.failed = (result) => {};
   }
 
   async start() {
     this.worker = await spawn(new URL("./thread.js", import.meta.url));
-    await new Promise((/** @type {(value?: any) => void} */ ready, failed) => {
-      this.worker.listen((message) => {
-        if (message.failed) failed(new SylvesterError(`a thread did not start: ${message.failed}`));
-        else if (message.ready) ready();
-        else this.rested();
-      }, failed);
-      const { module, memory, stack, local } = this;
-      this.worker.post({ module, memory, stack, local });
-    });
+    this.worker.listen(({ failed }) => {
+      if (failed) this.failed(new SylvesterError(`a thread did not start: ${failed}`));
+      else this.answered();
+    }, (error) => this.failed(error));
+    const { module, memory, stack, local } = this;
+    await this.ask({ module, memory, stack, local });
     this.worker.hold(false);
   }
 
+  /** The worker answers every message once. */
+  ask(message) {
+    return new Promise((/** @type {(value?: any) => void} */ answered, failed) => {
+      Object.assign(this, { answered, failed });
+      this.worker.post(message);
+    });
+  }
+
   work(team, index) {
-    this.idle = new Promise((/** @type {(value?: any) => void} */ resolve) => (this.rested = resolve));
-    this.worker.post({ team, index });
+    this.idle = this.ask({ team, index });
   }
 
   end() {
@@ -83,15 +94,11 @@ class Helper {
 
 /** What the worker of a helper does with a message. */
 export function helping(post) {
-  let code;
-  return async (message) => {
-    if (message.module) {
-      const { module, memory, stack, local } = message;
-      code = await furtherInstance(module, memory, stack, local).catch((error) => post({ failed: String(error) }));
-      if (code) post({ ready: true });
-    } else {
-      code.sv_team_work(message.team, message.index);
-      post({ rested: true });
-    }
+  let code, shared;
+  const answer = async ({ module, memory, stack, local, beside, team, index }) => {
+    if (module) code = await furtherInstance(module, (shared = memory), stack, local);
+    else if (beside) await (await import("./beside.js")).addFunctions(code, beside, shared, stack);
+    else code.sv_team_work(team, index);
   };
+  return (message) => answer(message).then(() => post({}), (error) => post({ failed: String(error) }));
 }

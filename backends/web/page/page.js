@@ -12,6 +12,9 @@ import { imageInput, visionView } from "./vision.js";
 const asked = Object.fromEntries(new URLSearchParams(location.search));
 const base = new URL("../", import.meta.url);
 
+/** @type {import("../model.d.ts").Model | undefined} */
+let model;
+
 function show(error) {
   at("problem").textContent = error ? error.message : "";
   at("problem").hidden = !error;
@@ -26,9 +29,11 @@ async function start() {
   const threads = asked.threads ? Number(asked.threads) : undefined;
   try {
     const { isa, storage } = /** @type {any} */ (asked);
-    const model = await load({ url: base, isa, storage, threads, signal: stop.signal, onProgress: progress });
+    const tune = asked.tune ? Number(asked.tune) : undefined;
+    model = await load({ url: base, isa, storage, threads, tune, signal: stop.signal, onProgress: progress });
     at("loading").hidden = true;
-    present(model);
+    present();
+    model.tuned.then(report, () => {});
   } catch (error) {
     show(error);
     at("load-text").textContent = "Not loaded";
@@ -43,7 +48,7 @@ function progress({ status, loaded, total }) {
   if (total) at("load-bar").value = loaded / total;
 }
 
-function present(model) {
+function present() {
   const { manifest, facts } = model;
   const entry = manifest.entries[Object.keys(manifest.entries)[0]];
   const reads = entry.inputs.some((spec) => spec.name === "input_ids");
@@ -70,8 +75,16 @@ function select(name) {
     /** @type {HTMLElement} */ (tab).tabIndex = chosen ? 0 : -1;
     at(tab.getAttribute("aria-controls")).hidden = !chosen;
   }
-  if (name === "report" && !at("view-report").childElementCount)
-    reportView(base).then((view) => at("view-report").replaceChildren(view), show);
+  if (name === "report" && !at("view-report").childElementCount) draw();
+}
+
+/** Once it is open, it also shows what was tuned meanwhile. */
+function report() {
+  if (at("view-report").childElementCount) draw();
+}
+
+function draw() {
+  reportView(base, model?.facts.tuned).then((view) => at("view-report").replaceChildren(view), show);
 }
 
 for (const name of ["run", "report"]) {

@@ -1,14 +1,14 @@
-/** What every pass of the compilation did and cost, and what tuning found, as plots. */
+/** What every pass of the compilation did and cost, and what tuning found on this device, as plots. */
 
 import { make, megabytes, time } from "./dom.js";
 import { bars } from "./plot.js";
 
-/** @param {URL} base */
-export async function reportView(base) {
+/** @param {URL} base @param {import("../model.d.ts").Tuned} [found] */
+export async function reportView(base, found) {
   const manifest = await read(base, "manifest.json");
   const has = (/** @type {string} */ name) => name in manifest.files;
   const parts = has("report.json") ? reported(await read(base, "report.json"), manifest) : [];
-  if (has("tuning.json")) parts.push(...tuned(await read(base, "tuning.json")));
+  if (found) parts.push(...tuned(found));
   if (has("report.html")) parts.push(make("p", {}, make("a", { href: "report.html" }, "The whole report")));
   return make("div", {}, ...(parts.length ? parts : ["This bundle has no report."]));
 }
@@ -48,9 +48,10 @@ function costs(rows) {
   return plot("Distance to the model before the pass (KL, nats per token)", steps, (n) => n.toFixed(3));
 }
 
-function tuned({ seconds, shapes }) {
+function tuned({ seconds, shapes, notes }) {
   const steps = shapes.map((shape) => ({ name: shape.name, before: shape.default, after: shape.tuned }));
-  return plot(`Tuned on this device in ${time(seconds)}: default and chosen kernel`, steps, (n) => time(n / 1e3));
+  const title = `Tuned on this device in ${time(seconds)}: default and chosen kernel`;
+  return [...plot(title, steps, (n) => `${n.toPrecision(3)} ms`), ...listed("Notes on tuning", notes)];
 }
 
 function plot(title, steps, text) {
@@ -70,7 +71,8 @@ function ledger(rows) {
 
 const sum = (/** @type {Record<string, number>} */ counts) => Object.values(counts).reduce((total, n) => total + n, 0);
 
-function notes(report) {
-  const found = report.ledger.notes ?? [];
-  return found.length ? [make("h2", {}, "Notes"), make("ul", {}, ...found.map((note) => make("li", {}, String(note))))] : [];
+const notes = (report) => listed("Notes", report.ledger.notes ?? []);
+
+function listed(title, found) {
+  return found.length ? [make("h2", {}, title), make("ul", {}, ...found.map((note) => make("li", {}, String(note))))] : [];
 }
