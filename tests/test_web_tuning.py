@@ -125,14 +125,17 @@ def test_time_and_the_switch(eager):
           const model = await load({ tune });
           found.push([await say(model), await model.tuned]);
         }
-        return found;"""
+        return [await failure(load({ tune: "soon" })), ...found];"""
     )
-    (ids, off), (also, zero), (more, short) = node(eager, script, prompt=PROMPT)
+    wrong, (ids, off), (also, zero), (more, short) = node(eager, script, prompt=PROMPT)
 
+    assert (wrong["name"], "tune is soon, expected seconds or false" in wrong["message"]) == ("InputError", True)
     assert ids == also == more
     assert off == zero == {"seconds": 0, "remembered": False, "shapes": [], "notes": ["tuning is switched off"]}
-    assert short["shapes"] == []
-    assert short["notes"][0] == "the time was up: f32, k 32, 1 row keeps the default"
+    problems = json.loads((eager / PROBLEMS).read_bytes())["problems"]
+    assert len(short["shapes"]) <= 1  # what one slice does
+    assert len(short["shapes"]) + len(short["notes"]) == len(problems)
+    assert short["notes"][-1] == "the time was up: f32, k 56, 4 rows keeps the default"
 
 
 def test_calls_are_answered_while_kernels_are_timed(bundle):

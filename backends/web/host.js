@@ -54,7 +54,8 @@ export class Host {
   }
 
   /** @param {any} argument @param {AbortSignal} signal @param {(event: object) => void} report */
-  async load({ kept, tune, ...wanted }, signal, report) {
+  async load({ kept, tune = 30, ...wanted }, signal, report) {
+    if (!(tune >= 0)) throw new InputError(`tune is ${tune}, expected seconds or false`);
     try {
       this.model = await loadModel(wanted, kept, { signal, report });
     } catch (error) {
@@ -68,7 +69,7 @@ export class Host {
   }
 
   /** Seconds, or false. What it found is told once, also to whoever does not ask. */
-  async tune(seconds = 30) {
+  async tune(seconds) {
     if (!seconds) return { ...NOTHING, notes: ["tuning is switched off"] };
     const { tune } = await import("./tuning.js");
     const told = await tune(this.model, seconds, this.served, (work) => this.turn(work));
