@@ -1,10 +1,12 @@
-/** A compiled model, used as a page would: through `generate` and `run`. */
+/** A compiled model, used as a page would: through `generate` and `run`, once it is tuned. */
 
 export async function open({ url, threads }) {
   const { load } = await import(`${url}model.js`);
   const isa = threads > 1 ? "relaxed-threads" : "relaxed";
   const model = await load({ url: new URL(url, location.href).href, threads, isa, storage: "memory" });
   const generate = (ids, maxNewTokens, options = {}) => model.generate(ids, { maxNewTokens, stop: [], ...options });
+  await ("prefill" in model.manifest.entries ? generate([1, 2, 3], 2) : model.run(encoded([5, 6, 7])));
+  await model.tuned;
   const measure = {
     /** ms of a token, sampling and messages included; the caches hold the prompt from the second call on */
     async decode({ ids, steps }) {
