@@ -23,12 +23,12 @@ from sylvester.compiler.driver import compile, raised
 from sylvester.compiler.dynamo_region import Region
 from sylvester.compiler.errors import CompileError, Unsupported
 from sylvester.compiler.exported import to_program
-from sylvester.compiler.program import binding, value
+from sylvester.compiler.program import Program, binding, value
 from sylvester.compiler.target import Target
 
 OPTIONS = ("threads",)
-RENEWALS = 8
-"""Times that a graph is compiled for changed weights or numbers."""
+COMPILATIONS = 8
+"""Times that a graph may be compiled, for changed weights, numbers or sizes."""
 VARIANTS = {"AVX2": ("avx2",), "AVX512": ("avx512",)}
 """Of what PyTorch says of this CPU: the artefact does not leave this machine."""
 
@@ -70,12 +70,10 @@ def backend(
     nodes = len(graph.graph.nodes)
     try:
         _require_inference(graph, examples)
-        function = Function(Region(graph, examples), examples, chosen.get("threads"))
+        return Function(Region(graph, examples), examples, chosen.get("threads"))
     except CompileError as error:
         _leave(nodes, error.message)
         return graph.forward
-    _graphs.append(Graph(nodes, ledger=function.compiled.ledger))
-    return function
 
 
 def _leave(nodes: int, reason: str) -> None:
@@ -84,43 +82,76 @@ def _leave(nodes: int, reason: str) -> None:
 
 
 class Function:
-    """A compiled region: called like the graph, with its weights among the arguments."""
+    """A compiled region: called like the graph, with its weights among the arguments.
+
+    Where PyTorch cannot capture a graph for any size, there is an artefact for each size behind the first axis.
+    """
 
     def __init__(self, region: Region, examples: Sequence[Any], threads: int | None) -> None:
-        self.region, self.threads, self.renewals = region, threads, 0
+        self.region, self.threads, self.compilations = region, threads, 0
         self.nodes = len(region.source.graph.nodes)
-        self.compiled, self.versions = self._compile(examples), region.versions(examples)
+        self.versions = region.versions(examples)
+        self.artefacts: dict[tuple[int, ...], Compiled] = {}
+        self._compile(examples)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
-        if self.region.versions(args) != self.versions and not self._renewed(args):
+        compiled = self._compiled(args)
+        if compiled is None:
             return self.region.source(*args)  # type: ignore[no-any-return]
         given = self.region.tensors(args)
-        found = self.compiled.outputs({name: to_numpy(name, tensor) for name, tensor in given.items()})
-        types = {spec.name: spec.dtype for spec in self.compiled.manifest.entries["forward"].outputs}
+        found = compiled.outputs({name: to_numpy(name, tensor) for name, tensor in given.items()})
+        types = {spec.name: spec.dtype for spec in compiled.manifest.entries["forward"].outputs}
         return self.region.results(args, [to_tensor(array, types[name]) for name, array in found.items()])
 
-    def _renewed(self, args: Sequence[Any]) -> bool:
-        """Compiles for weights or numbers that have changed; numbers that change often are left to PyTorch."""
-        if self.renewals == RENEWALS:
-            return False
-        self.renewals += 1
-        if self.renewals == RENEWALS:
-            _leave(self.nodes, f"its weights or numbers have changed {RENEWALS} times")
-            return False
-        self.compiled.close()
-        self.region = self.region.renewed(args)
-        self.compiled, self.versions = self._compile(args), self.region.versions(args)
-        _graphs.append(Graph(self.nodes, ledger=self.compiled.ledger))
-        return True
+    def _compiled(self, args: Sequence[Any]) -> Compiled | None:
+        """For these weights, numbers and sizes; None where they change too often, or fail."""
+        versions = self.region.versions(args)
+        if versions == self.versions and (known := self.artefacts.get(self.region.sizes_of(args))):
+            return known
+        if self.compilations >= COMPILATIONS:
+            return None
+        if versions != self.versions:
+            self.close()
+            self.region, self.versions = self.region.renewed(args), versions
+        try:
+            if self.compilations + 1 < COMPILATIONS:
+                return self._compile(args)
+            raise Unsupported(f"its weights, numbers or sizes have changed {COMPILATIONS - 1} times")
+        except CompileError as error:
+            self.compilations = COMPILATIONS
+            _leave(self.nodes, error.message)
+            return None
 
     def _compile(self, args: Sequence[Any]) -> Compiled:
         given = self.region.tensors(args)
+        self.compilations += 1
         with tracing(None), torch.no_grad():
-            exported = _exported(self.region, given)
-            program = raised(to_program(exported, given))
-            for node in program.main.placeholders("input"):
-                _require_free(binding(node).key, value(node), self.region.free[binding(node).key])
-            return compile(program, target=_here(), threads=self.threads)
+            try:
+                program = _program(self.region, given)
+            except SizesFixed:
+                if not self.region.narrow():
+                    raise
+                program = _program(self.region, given)
+            compiled = compile(program, target=_here(), threads=self.threads)
+        self.artefacts[self.region.sizes_of(args)] = compiled
+        _graphs.append(Graph(self.nodes, ledger=compiled.ledger))
+        return compiled
+
+    def close(self) -> None:
+        for compiled in self.artefacts.values():
+            compiled.close()
+        self.artefacts.clear()
+
+
+class SizesFixed(Unsupported):
+    """A graph that Dynamo gives for any size cannot be captured for any."""
+
+
+def _program(region: Region, given: Mapping[str, Tensor]) -> Program:
+    program = raised(to_program(_exported(region, given), given))
+    for node in program.main.placeholders("input"):
+        _require_free(binding(node).key, value(node), region.free[binding(node).key])
+    return program
 
 
 def _here() -> Target:
@@ -143,7 +174,7 @@ def _exported(region: Region, given: Mapping[str, Tensor]) -> ExportedProgram:
             changing = [n for n in exported.graph.nodes if _is_mutable(n)]
             functional = exported.run_decompositions({}) if changing else exported
     except Exception as error:
-        raise Unsupported(f"torch.export cannot capture it: {first_line(error)}") from error
+        raise SizesFixed(f"torch.export cannot capture it: {first_line(error)}") from error
     for spec in functional.graph_signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
             raise Unsupported(f"it writes to {spec.target!r} in place", at=changing[0])
@@ -158,4 +189,4 @@ def _require_free(name: str, fact: Tensor, axes: set[int]) -> None:
     """What Dynamo takes for any size, the code must take for any size."""
     fixed = sorted(axis for axis in axes if not isinstance(fact.shape[axis], SymInt))
     if fixed:
-        raise Unsupported(f"dimension {fixed[0]} of {name!r} may change, the captured graph fixes it")
+        raise SizesFixed(f"dimension {fixed[0]} of {name!r} may change, the captured graph fixes it")

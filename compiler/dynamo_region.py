@@ -8,13 +8,14 @@ from typing import Any, cast
 import torch
 from torch import SymInt, Tensor, fx, nn
 
+from sylvester.compiler.dynamo_fast_paths import WRITTEN_OUT
 from sylvester.compiler.errors import Unsupported
 
 
 class Region(nn.Module):
     """`forward(tensors)` computes the tensors that the graph computes, in order.
 
-    `free`: the axes of each input that are symbols for Dynamo.
+    `free`: the axes of each input that are symbols for Dynamo, and that the code takes for any size.
     """
 
     def __init__(self, graph: fx.GraphModule, examples: Sequence[Any], kinds: Sequence[str] = ()) -> None:
@@ -35,9 +36,22 @@ class Region(nn.Module):
         for i in self.held:
             self.register_buffer(f"w{i}", examples[i].detach())
 
+    def narrow(self) -> bool:
+        """Takes sizes behind the first axis as they are, where that changes anything."""
+        fewer = {name: axes & {0} for name, axes in self.free.items()}
+        changed, self.free = fewer != self.free, fewer
+        return changed
+
+    def sizes_of(self, args: Sequence[Any]) -> tuple[int, ...]:
+        """Sizes that the code is compiled for."""
+        shapes = {name: tensor.shape for name, tensor in self.tensors(args).items()}
+        return tuple(n for name, shape in shapes.items() for a, n in enumerate(shape) if a not in self.free[name])
+
     def renewed(self, args: Sequence[Any]) -> Region:
         """The same with other weights."""
-        return Region(self.source, args, self.kinds)
+        region = Region(self.source, args, self.kinds)
+        region.free = self.free
+        return region
 
     def _of(self, kind: str) -> list[int]:
         return [i for i, found in enumerate(self.kinds) if found == kind]
@@ -71,11 +85,13 @@ class Region(nn.Module):
         return self.numbers.get(place, 0) if source is None else given[source[0]].shape[source[1]]
 
     def _with_numbers(self, graph: fx.GraphModule) -> fx.GraphModule:
-        """A number is passed as a tensor, whose item the graph takes: a copy that takes the number."""
+        """A copy that takes numbers, where the graph takes items of tensors, and has fast paths written out."""
         copied = fx.GraphModule(graph, fx.Graph())
         values: dict[fx.Node, Any] = {}
         output = copied.graph.graph_copy(graph.graph, values)
         copied.graph.output(output)
+        for node in copied.graph.nodes:
+            node.target = WRITTEN_OUT.get(node.target, node.target) if node.op == "call_function" else node.target
         for place in self.numbers:
             for user in list(values[self.places[place]].users):
                 if user.target == "item":

@@ -70,7 +70,7 @@ def test_changed_weights_and_numbers_are_seen():
 
 
 def test_numbers_that_change_often_are_left_to_pytorch(monkeypatch):
-    monkeypatch.setattr(dynamo, "RENEWALS", 2)
+    monkeypatch.setattr(dynamo, "COMPILATIONS", 3)
     model, x = Block(), torch.randn(2, 3, 8)
     function = compiled(model, dynamic=True)
     for rate in (2.0, 3.0):
@@ -135,6 +135,35 @@ def test_training_is_left_to_pytorch():
 def test_unknown_options_are_refused():
     with pytest.raises(BackendCompilerFailed, match="CompileError: unknown option 'thread'"):
         compiled(nn.Linear(4, 4), options={"thread": 1})(torch.ones(2, 4))
+
+
+def test_a_graph_that_fixes_its_sizes_is_compiled_for_each(monkeypatch):
+    """As images are by some networks, for which torch.export solves no equation."""
+
+    def only_batches(name, fact, axes):
+        if axes - {0}:
+            raise dynamo.SizesFixed("fixed")
+
+    monkeypatch.setattr(dynamo, "_require_free", only_batches)
+    model = Block()
+    function = compiled(model, dynamic=True)
+    for size in (2, 5), (3, 5), (2, 7), (4, 5):
+        x = torch.randn(*size, 8)
+        same(function(x), model(x))
+
+    assert [graph.reason for graph in dynamo.report()] == ["", ""]
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_fast_paths_of_modules_are_written_out(norm_first):
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True, norm_first=norm_first).eval()
+    x, padded = torch.randn(2, 5, 16), torch.zeros(2, 5, dtype=torch.bool)
+    padded[0, 3:] = True
+    with torch.no_grad():
+        found = compiled(layer)(x, src_key_padding_mask=padded)
+
+    same(found[~padded], layer(x, src_key_padding_mask=padded)[~padded])
+    assert [graph.reason for graph in dynamo.report()] == [""]
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "bert", "vit"])
