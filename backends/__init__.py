@@ -5,12 +5,14 @@ from __future__ import annotations
 BACKENDS = {
     "cpu": "sylvester.backends.cpu:Cpu",
     "null": "sylvester.backends.null:Null",
+    "onnx": "sylvester.backends.onnx.backend:Onnx",
     "reference": "sylvester.backends.reference:Reference",
     "wasm": "sylvester.backends.wasm:Wasm",
 }
 LOADERS = {
     "cpu": "sylvester.backends.cpu_runtime:load",
     "null": "sylvester.backends.null:load",
+    "onnx": "sylvester.backends.onnx.runtime:load",
     "reference": "sylvester.backends.reference:load",
     "wasm": "sylvester.backends.wasm_runtime:load",
 }

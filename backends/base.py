@@ -22,6 +22,8 @@ class Backend(ABC):
     name: ClassVar[str]
     tunes: ClassVar[bool] = False
     """Whether it takes `Target.tune`."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """Names of `Target.options` that it takes."""
     shares: ClassVar[bool] = False
     """Whether its attention takes `shared`: keys that all rows of a batch read from row 0."""
     notes: Sequence[str] = ()

@@ -25,7 +25,7 @@ from sylvester.compiler.program import Program
 from sylvester.compiler.progress import Progress, silent, watching
 from sylvester.compiler.resolve import Step, expand, resolve_passes
 from sylvester.compiler.samples import listed, parse
-from sylvester.compiler.target import Target
+from sylvester.compiler.target import Target, require_options
 from sylvester.compiler.trace import capture
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def compile(
     report = progress or silent
     chosen = Target.parse(target, threads=threads, tune=tune)
     backend = registry.lookup("targets", chosen.name)()
+    require_options(chosen, getattr(backend, "options", ()))
     if chosen.tune is not None and not getattr(backend, "tunes", False):
         raise Unsupported(f"the target {chosen.name!r} has nothing to tune", hint="leave out `tune`")
     steps = (*resolve_passes(passes), *_searched(budget, calibration))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import platform
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.knobs import require_threads
 
-BUILT_IN = ("cpu", "reference", "null", "wasm")
+BUILT_IN = ("cpu", "onnx", "reference", "null", "wasm")
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Target:
     max_length: int = 0
     arch: str = ""
     tune: float | None = None
+    options: Mapping[str, object] = field(default_factory=dict, hash=False)
+    """What one backend alone takes, by name."""
 
     @property
     def architecture(self) -> str:
@@ -40,6 +44,16 @@ class Target:
         if chosen.tune is not None and not chosen.tune > 0:
             raise CompileError(f"tune must be a number of seconds above 0, found {chosen.tune}")
         return replace(chosen, threads=threads) if threads is not None else chosen
+
+
+def require_options(target: Target, known: Sequence[str]) -> None:
+    """Refuse options that the backend of the target does not take."""
+    for name in target.options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            guess = f"did you mean {close[0]!r}? " if close else ""
+            takes = f"it takes {list(known)}" if known else "it takes none"
+            raise CompileError(f"the target {target.name!r} has no option {name!r}", hint=guess + takes)
 
 
 def host_architecture() -> str:

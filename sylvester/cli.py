@@ -97,6 +97,9 @@ def compile_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the artefact goes.")],
     target: Annotated[str, typer.Option(help="What to compile for.")] = "cpu",
     passes: Annotated[str, typer.Option(help=PASSES)] = "",
+    option: Annotated[
+        list[str] | None, typer.Option(help="An option of the target, such as opset=23 or ops=ort; may be repeated.")
+    ] = None,
     threads: Threads = None,
     max_length: Annotated[
         int, typer.Option(min=0, help="Longest sequence of a language model; 0: the model's own.")
@@ -120,7 +123,7 @@ def compile_command(
     from sylvester.compiler.target import Target
 
     check_destination(output)
-    from sylvester.cli_inputs import load_model, read_calibration
+    from sylvester.cli_inputs import load_model, named_options, read_calibration
     from sylvester.compiler.driver import compile as build
 
     start = time.perf_counter()
@@ -128,7 +131,7 @@ def compile_command(
     module, example = load_model(model)
     names = _passes(passes)
     with watched(not as_json) as progress:
-        chosen = Target(target, max_length=max_length)
+        chosen = Target(target, max_length=max_length, options=named_options(option or []))
         options: dict[str, Any] = {"passes": names, "calibration": data, "threads": threads, "progress": progress}
         options |= {"budget": budget or None, "draft": draft}
         compiled = build(module, example, target=chosen, **options)
@@ -151,7 +154,9 @@ def compile_command(
 def export_command(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the folder goes.")],
-    form: Annotated[str, typer.Option("--format", help="hf: a Hugging Face folder.")] = "hf",
+    form: Annotated[
+        str, typer.Option("--format", help="hf: a Hugging Face folder; onnx: graphs with one file of weights.")
+    ] = "hf",
     passes: Annotated[str, typer.Option(help=PASSES)] = "",
     calibration: Annotated[
         Path | None, typer.Option(help="Data for passes that measure: a text, or token ids in .npy or .safetensors.")

@@ -128,3 +128,14 @@ def summary(name: str, array: Array) -> dict[str, Any]:
     """Shape and range of an output, for people."""
     spread = {"min": float(array.min()), "max": float(array.max()), "mean": float(array.mean())} if array.size else {}
     return {"name": name, "dtype": str(array.dtype), "shape": list(array.shape), **spread}
+
+
+def named_options(given: list[str]) -> dict[str, object]:
+    """name=value texts as options of a target."""
+    found: dict[str, object] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise CompileError(f"an option is {text!r}, expected name=value", hint="--option ops=ort")
+        found[name] = value
+    return found

@@ -1,4 +1,4 @@
-"""Every model of the zoo through the whole compiler: reference and cpu agree with float64, also after save and load."""
+"""Every model of the zoo through the whole compiler: all targets agree with float64, also after save and load."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sylvester as sv
 from tests import zoo
 
 TOLERANCE = 1e-4
+ONNX = [sv.Target("onnx", options={"ops": ops}) for ops in ("standard", "ort")]
 
 
 def exact(case, inputs):
@@ -29,15 +30,16 @@ def relative_error(found, expected):
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
-def test_reference_and_cpu_agree_with_float64(name, tmp_path):
+def test_targets_agree_with_float64(name, tmp_path):
     case = zoo.case(name)
     program = zoo.traced(name).clone()
     assert ("decode" in program.entries) == case.causal_lm
     wanted = [(inputs, exact(case, inputs)) for inputs in (case.inputs, *case.other)]
 
-    with sv.compile(program, target="reference") as reference:
-        for inputs, expected in wanted:
-            assert relative_error(found(reference, inputs), expected) <= TOLERANCE
+    for target in ("reference", *ONNX):
+        with sv.compile(program, target=target) as compiled:
+            for inputs, expected in wanted:
+                assert relative_error(found(compiled, inputs), expected) <= TOLERANCE
     with sv.compile(program, target=sv.Target("cpu", isas=("avx2",))) as compiled:
         for inputs, expected in wanted:
             assert relative_error(found(compiled, inputs), expected) <= TOLERANCE
@@ -52,8 +54,10 @@ def test_cached_decoding_repeats_the_full_forward(name):
     """Greedy tokens from prefill and decode are those of running the whole sequence anew each time."""
     case = zoo.case(name)
     (ids,) = (tensor[:1] for tensor in case.inputs.values())
-    with sv.compile(zoo.traced(name).clone(), target=sv.Target("cpu", isas=("avx2",))) as compiled:
-        produced = torch.as_tensor(compiled.generate(ids.numpy(), max_new_tokens=12, stop=()))
+    produced = []
+    for target in (sv.Target("cpu", isas=("avx2",)), *ONNX):
+        with sv.compile(zoo.traced(name).clone(), target=target) as compiled:
+            produced.append(compiled.generate(ids.numpy(), max_new_tokens=12, stop=())[0].tolist()[-12:])
 
     model = copy.deepcopy(case.model).double()
     sequence = ids
@@ -61,4 +65,4 @@ def test_cached_decoding_repeats_the_full_forward(name):
         for _ in range(12):
             logits = zoo.tensors(model(sequence))[0]
             sequence = torch.cat((sequence, logits[:, -1:].argmax(-1)), 1)
-    assert produced[0].tolist()[-12:] == sequence[0, -12:].tolist()
+    assert produced == [sequence[0, -12:].tolist()] * 3
