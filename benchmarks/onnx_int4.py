@@ -10,6 +10,7 @@ the float32 program, on held-out text. FOLDER has .txt files to fit to. Decode s
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import sys
 import tempfile
@@ -41,6 +42,7 @@ Array = NDArray[Any]
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
+    logging.disable(logging.INFO)
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as folder:

@@ -222,8 +222,8 @@ def test_weights_over_two_gigabytes_are_noted(monkeypatch):
 
 
 def test_hadamard_blocks():
-    x = torch.randn(3, 5, 512)
-    for block in (8, 128, 256, 512):
+    x = torch.randn(3, 5, 1536)
+    for block in (8, 128, 256, 512, 768):
         made = program(lambda x, block=block: ops.hadamard(x, block), x)
         with sv.compile(made, target="onnx") as compiled:
             torch.testing.assert_close(compiled(x), result(made, x0=x), rtol=1e-4, atol=1e-5)
