@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types golden bench venv
+.PHONY: help demo test nightly lint types golden bench venv
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,8 +16,11 @@ help: ## list the targets
 demo: $(READY) ## compile the shipped language model, stream text from it, compare with eager PyTorch
 	$(BIN)/python examples/demo.py
 
-test: $(READY) ## run all tests; ARGS="-k name" selects some, JOBS=4 uses more processes
+test: $(READY) ## run the tests; ARGS="-k name" selects some, JOBS=4 uses more processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+nightly: $(READY) ## run the tests that take too long for every change
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m nightly $(ARGS)
 
 lint: $(READY) ## check style with ruff
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ def test_semantic_search_finds_lines_by_meaning(tmp_path):
     assert len(lines) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_quickstart_writes_text():
     out = run("quickstart.py")
 

@@ -248,7 +248,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(KINDS[0], marks=pytest.mark.nightly), KINDS[1]])
 def test_shipped_model_writes_the_tokens_that_the_program_chooses(kind):
     """Each of 200 greedy tokens is the likeliest one after those before it."""
     made = sv.trace(SHIPPED)
