@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import support
 from benchmarks.drawing import Bar, bars
 from benchmarks.measure import Engine, Row, error, measure
 from benchmarks.suite import __main__ as suite
@@ -128,3 +129,28 @@ def test_an_engine_that_ends_the_process_is_charged_and_left_out(
     assert "code -11" in first.failure
     assert second == ROWS[3]
     assert skipped == [(), (("crashing", "fp32"),)]
+
+
+def test_the_support_matrix_is_made_of_test_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = "tests.test_zoo_cpu"
+    cases = [
+        (f"{place}", "test_onnxruntime_agrees_with_float64[llama-gqa-ort]", ""),
+        (f"{place}", "test_onnxruntime_agrees_with_float64[t5-encoder-standard]", "<failure/>"),
+        ("tests.test_rotate_zoo", "test_every_rotation_keeps_the_outputs[bert-step0]", ""),
+        ("tests.test_rotate_zoo", "test_every_rotation_keeps_the_outputs[bert-step1]", "<error/>"),
+        ("tests.test_rotate_zoo", "test_every_rotation_keeps_the_outputs[vit-step0]", "<skipped/>"),
+        ("tests.test_other", "test_onnxruntime_agrees_with_float64[mlp-ort]", ""),
+    ]
+    lines = [f'<testcase classname="{c}" name="{n}">{inside}</testcase>' for c, n, inside in cases]
+    (tmp_path / "r.xml").write_text(f"<testsuites><testsuite>{''.join(lines)}</testsuite></testsuites>")
+    monkeypatch.setattr("sys.argv", ["support", str(tmp_path / "r.xml")])
+    support.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+
+    assert rows[0] == "| model | onnx | onnx, ops=ort | rotate-hadamard |"
+    assert "| llama-gqa |  | yes |  |" in rows
+    assert "| t5-encoder | no |  |  |" in rows
+    assert "| bert |  |  | no |" in rows
+    assert "| vit |  |  |  |" in rows
