@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from sylvester.compiler.cache_ops import kv_update_q
 from sylvester.compiler.program import Entry, binding, is_weight, value
+from sylvester.compiler.quantized_ops import WIDENINGS
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Dataflow:
     def sources(self) -> list[fx.Node]:
         """Where float content begins: float inputs, and embeddings or projections of others, in order."""
         first = [n for n in self.floats if self.floats.in_degree(n) == 0]
-        return [n for n in first if n.op == "placeholder" or any(is_weight(u) for u in n.all_input_nodes)]
+        return [n for n in first if n.op == "placeholder" or any(_is_stored(u) for u in n.all_input_nodes)]
 
     def spine(self, source: fx.Node) -> list[fx.Node]:
         """The values that every path from `source` to the last result it reaches goes through."""
@@ -101,6 +102,11 @@ class Dataflow:
                 private.add(node)
                 waiting += node.all_input_nodes
         return private
+
+
+def _is_stored(node: fx.Node) -> bool:
+    """A weight, also one that is widened where it is read."""
+    return is_weight(node) or node.target in WIDENINGS
 
 
 def walk(end: fx.Node, inside: set[fx.Node]) -> list[fx.Node]:

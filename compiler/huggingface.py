@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.huggingface_parts import plan_skips, tie
+from sylvester.compiler.huggingface_quantized import KEY, is_ours, with_all_parts
 from sylvester.compiler.inputs import Tensors
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -32,7 +33,7 @@ def load_folder(path: str | Path, *, whole: bool = False) -> tuple[nn.Module, Te
     folder = Path(path)
     config = _read_json(folder / "config.json", "a Hugging Face folder has one")
     _check_files(folder)
-    if "quantization_config" in config:
+    if KEY in config and not is_ours(config):
         raise CompileError(f"the weights in {str(folder)!r} are quantized", hint="give the full-precision checkpoint")
     model, skipped = _load(folder, config, whole)
     info = facts_of(model) | skipped | {"source": str(folder.resolve()), "config": config}
@@ -82,23 +83,41 @@ def _shards(index: Path) -> list[str]:
 
 
 def _load(folder: Path, config: dict[str, Any], whole: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """The model, and what its config skips."""
+    """The model, and what its config skips; parts are dropped from the graph, so all of them are loaded."""
     with _silent() as transformers:
         cls = _architecture(transformers, config)
-        try:
-            plan = plan_skips(cls, config, whole)
-            model, report = cls.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
-                attn_implementation=_attention(cls), ignore_mismatched_sizes=True, output_loading_info=True,
-                **plan.options,
-            )  # fmt: skip
-        except CompileError:
-            raise
-        except Exception as error:
-            raise CompileError(f"cannot load {str(folder)!r}: {_first_line(error)}") from error
+        whole_config = with_all_parts(config)
+        plan = plan_skips(cls, whole_config, whole)
+        if is_ours(config) and "config" not in plan.options:
+            plan.options["config"] = cls.config_class.from_dict(whole_config)
+        model, report = _from_pretrained(cls, folder, ignore_mismatched_sizes=True, **plan.options)
     missing = tie(model, folder, report["missing_keys"])
     _check_report(folder, report, [] if plan.incomplete else missing)
     return cast(nn.Module, model), plan.facts(missing)
+
+
+def _from_pretrained(cls: Any, folder: Path, **options: Any) -> Any:
+    """The model in float32 and the report of what was loaded."""
+    if is_ours(_read_json(folder / "config.json", "")):
+        import sylvester.compiler.huggingface_quantizer  # noqa: F401  (registers the loader)
+    try:
+        return cls.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
+            attn_implementation=_attention(cls), output_loading_info=True, **options,
+        )  # fmt: skip
+    except CompileError:
+        raise
+    except Exception as error:
+        raise CompileError(f"cannot load {str(folder)!r}: {_first_line(error)}") from error
+
+
+def run_stock(folder: Path, inputs: Tensors) -> Any:
+    """What transformers computes with a folder, as a user of it would."""
+    with _silent() as transformers:
+        cls = _architecture(transformers, _read_json(folder / "config.json", ""))
+        model = _from_pretrained(cls, folder)[0].eval()
+    with torch.no_grad():
+        return model(**inputs)
 
 
 def _attention(cls: Any) -> str:

@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.huggingface_parts import descendants
+from sylvester.compiler.huggingface_sites import Sites
 from sylvester.compiler.layers import find_layers
 from sylvester.compiler.lockstep import matching_weights
 from sylvester.compiler.program import Program, binding, is_weight
 
-HINT = "export depth and sharing passes before weights are rotated, folded or rounded"
+HINT = (
+    "leave out what made it: a folder can say rounded weights, folded rotations (RotateHadamard(ffn=False, "
+    "online=False)), skipped parts and shared tensors"
+)
 
 
 @dataclass(frozen=True)
 class Naming:
-    """`state` has the tensors of the architecture by name; `whole` is its capture, `left` lacks the dropped parts."""
+    """`state` has the tensors of the architecture by name; `whole` is its capture, `left` lacks the dropped parts.
+
+    `tied` are the aliases of the architecture itself; `sites` says, after `stored`, where the program stands for it.
+    """
 
     state: Mapping[str, Tensor]
     whole: Program
     left: Program
     program: Program
+    tied: Mapping[str, str] = field(default_factory=dict)
+    sites: Sites = field(default_factory=Sites)
 
     def stored(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Every tensor that is left, once, under its name; and aliases: name -> the name it is stored under."""
         tensors: dict[str, Tensor] = {}
         first: dict[tuple[str, str], str] = {}
         aliases: dict[str, str] = {}
+        pairs = self._pairs()
         # A tensor is stored under the name it had, where that name still reads it.
-        for key, own in sorted(self._pairs().items(), key=lambda pair: pair[0] != pair[1]):
+        for key, own in sorted(pairs.items(), key=lambda pair: pair[0] != pair[1]):
             name = self._origin(key)
             if name is None:
                 self._require_equal(key, own)
@@ -43,12 +53,17 @@ class Naming:
                 tensors.setdefault(name, tensor.contiguous())
             elif name not in tensors:
                 aliases[name] = known
-        tensors |= {name: self.state[name].contiguous() for name in self._unread()}
+        for name, own in self._rounded():
+            if (known := first.setdefault((own, ""), name)) == name:
+                tensors[name] = self.program.weights[own].contiguous()
+            else:
+                aliases[name] = known
+        tensors |= dict(self._neutral(pairs)) | {name: self.state[name].contiguous() for name in self._unread()}
         return tensors, aliases | self._tied(tensors, aliases)
 
     def copies(self, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tensor]:
         """Tensors for the aliases that the architecture does not share by itself."""
-        return {name: tensors[to].clone() for name, to in aliases.items() if name not in self.whole.weights.aliases}
+        return {name: tensors[to].clone() for name, to in aliases.items() if name not in self.tied}
 
     def zeros(self, dropped: Mapping[str, list[int]]) -> dict[str, Tensor]:
         """Zeros for what the dropped parts write with: such a part adds nothing."""
@@ -63,9 +78,24 @@ class Naming:
 
     def _pairs(self) -> dict[str, str]:
         try:
-            return matching_weights(self.left, self.program)
+            return matching_weights(self.left, self.program, self.sites.stand_in)
         except CompileError as error:
             raise CompileError(f"the program does not fit the architecture: {error.message}", hint=HINT) from error
+
+    def _rounded(self) -> Iterator[tuple[str, str]]:
+        """Names of tensors of rounded weights and their keys, first those of the modules they were made from."""
+        made = [(n, f"{n}.{end}", own) for n, (_, keys) in self.sites.quantised.items() for end, own in keys.items()]
+        for _, name, own in sorted(made, key=lambda item: not item[2].startswith(f"{item[0]}.")):
+            yield name, own
+
+    def _neutral(self, pairs: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Weights of norms that the program does without."""
+        for key, number in self.sites.neutral.items():
+            if key not in self.state or key in pairs:
+                raise CompileError(
+                    f"the norm of {key!r} was folded, which the architecture cannot say of it", hint=HINT
+                )
+            yield key, torch.full_like(self.state[key], number).contiguous()
 
     def _origin(self, key: str) -> str | None:
         """The tensor of the architecture that a captured weight is, or was computed from first."""
@@ -102,6 +132,6 @@ class Naming:
         return (name for name in self.state if not descendants(self.whole, name))
 
     def _tied(self, tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, str]:
-        """Names that the architecture itself gives to one tensor."""
+        """Names that the architecture itself gives to one tensor and that nothing reads by themselves."""
         known = {name: to for name, to in self.whole.weights.aliases.items() if to in tensors or to in aliases}
         return {name: aliases.get(to, to) for name, to in known.items() if name in self.state}

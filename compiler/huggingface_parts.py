@@ -41,7 +41,7 @@ class Plan:
     skips: Skips = field(default_factory=dict)
     done: Skips = field(default_factory=dict)
     incomplete: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def facts(self, missing: list[str]) -> dict[str, Any]:
         facts: dict[str, Any] = {DEPTH: self.depth} if self.depth else {}
@@ -77,7 +77,7 @@ def tie(model: nn.Module, folder: Path, missing: Iterable[str]) -> list[str]:
     names = set(missing)
     if not names:
         return []
-    aliases = _aliases(folder)
+    aliases = aliases_of(sorted(folder.glob("*.safetensors")))
     for name in names & set(aliases):
         parent, _, own = name.rpartition(".")
         source, _, wanted = aliases[name].rpartition(".")
@@ -88,9 +88,10 @@ def tie(model: nn.Module, folder: Path, missing: Iterable[str]) -> list[str]:
     return sorted(names - set(aliases))
 
 
-def _aliases(folder: Path) -> dict[str, str]:
+def aliases_of(files: Iterable[Path]) -> dict[str, str]:
+    """Names in the metadata of safetensors files -> the names they stand for."""
     found: dict[str, str] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in files:
         with safe_open(path, framework="pt") as file:
             entries = file.metadata() or {}
         found |= {k.removeprefix(ALIAS_PREFIX): v for k, v in entries.items() if k.startswith(ALIAS_PREFIX)}

@@ -309,6 +309,8 @@ def attention_int8(
 
 QUANTISED = frozenset({linear_w8.target, linear_w4.target, linear_w3.target})
 """Those with weights of whole numbers, which round the rows of x."""
+WIDENINGS = frozenset({widen_bf16.target, dequantize_w8.target, dequantize_w4.target, dequantize_w3.target})
+"""From a rounded weight to the float one."""
 LINEARS = frozenset({torch.ops.aten.linear.default, linear_bf16.target, *QUANTISED})
 """Every op that computes x W^T + bias with x and W as its first two arguments."""
 ATTENTIONS = frozenset({attention.target, attention_bf16.target, attention_int8.target})

@@ -14,11 +14,12 @@ from sylvester.compiler import ops
 from sylvester.compiler.changes import Refusal
 from sylvester.compiler.positions import has, token_axes
 from sylvester.compiler.program import value
+from sylvester.compiler.quantized_ops import LINEARS
 
 aten = torch.ops.aten
 
 POINTWISE = {ops.swiglu.target, ops.geglu.target, aten.to.dtype, aten._to_copy.default, aten.clone.default}
-LAST_AXIS = {aten.linear.default, ops.rms_norm.target}
+LAST_AXIS = {*LINEARS, ops.rms_norm.target}
 TRACKED = {aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default}
 """Moves of whole axes: the symbol itself says where the token axis went."""
 LOOK_UPS = {aten.embedding.default, aten.index_select.default, aten.index.Tensor}

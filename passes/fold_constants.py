@@ -16,6 +16,7 @@ from sylvester.compiler.errors import module_path
 from sylvester.compiler.pipeline import Contract, Pass
 from sylvester.compiler.printing import op_name
 from sylvester.compiler.program import Entry, Program, binding, is_weight, value
+from sylvester.compiler.quantized_ops import WIDENINGS
 from sylvester.compiler.shared_ops import combine
 from sylvester.passes.common_subexpressions import is_deterministic
 
@@ -24,6 +25,8 @@ LITERALS = (aten.full.default, aten.expand.default)
 SCALED = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 FILLED: dict[Any, Any] = {aten.where.self: aten.where.ScalarOther, aten.masked_fill.Tensor: aten.masked_fill.Scalar}
 """Ops whose third operand may be a number, and the ops that take one."""
+KEPT = frozenset({combine.target, *WIDENINGS})
+"""Ops on weights that are shared or rounded, which stay so."""
 LARGEST_FILL = 1 << 24
 LARGE = 1 << 16
 """Bytes of a weight from which a second copy matters."""
@@ -149,10 +152,10 @@ def inline_scalars(program: Program, entry: Entry, changes: Changes) -> None:
 
 
 def _constant_nodes(entry: Entry) -> dict[fx.Node, None]:
-    """Weights, and the calls on nothing but weights and literals whose shape is known; shared weights stay shared."""
+    """Weights, and the calls on nothing but weights and literals whose shape is known, but for those of `KEPT`."""
     found: dict[fx.Node, None] = {}
     for node in entry.graph.nodes:
-        foldable = node.target is not combine.target and is_deterministic(node.target)
+        foldable = node.target not in KEPT and is_deterministic(node.target)
         call = node.op == "call_function" and foldable and _is_static(node)
         if is_weight(node) or (call and all(u in found for u in node.all_input_nodes)):
             found[node] = None

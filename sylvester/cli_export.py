@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,16 @@ from sylvester.compiler.artefact import check_destination
 from sylvester.compiler.driver import compile, trace
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.huggingface import WEIGHTS
-from sylvester.compiler.pipeline import Pass, Pipeline
+from sylvester.compiler.pipeline import Pipeline
 from sylvester.compiler.progress import Progress, watching
-from sylvester.compiler.resolve import resolve_passes
+from sylvester.compiler.resolve import Step, expand, resolve_passes
 from sylvester.compiler.samples import listed, parse
+from sylvester.passes.choose_rotations import EQUALIZE
+from sylvester.passes.recipes import LowBit
 
 FORMATS = ("hf", "onnx")
+TRIED = (EQUALIZE, "values")
+"""What a recipe may try: other rotations may need transforms at run time, which a folder cannot say."""
 
 
 def export(
@@ -26,14 +32,14 @@ def export(
         raise CompileError(f"no export format {form!r}", hint=f"there are {list(FORMATS)}")
     if form == "onnx":
         return _export_onnx(model, output, passes, data, progress)
-    steps = tuple(step for step in resolve_passes(passes) if isinstance(step, Pass))
-    if len(steps) < len(resolve_passes(passes)):
-        raise CompileError(f"{passes} has a recipe, an export takes passes", hint="write its passes out instead")
+    steps, notes = _exportable(resolve_passes(passes))
     program = trace(*load_model(model))
     if data is not None:
         program.calibration = parse(program, listed(data) or [])
     with watching(progress):
-        rewritten, ledger = Pipeline(steps).run(program)
+        expansion = expand(steps, program, None)
+        rewritten, ledger = Pipeline(expansion.passes).run(program)
+    ledger = dataclasses.replace(ledger, notes=[*notes, *expansion.notes, *ledger.notes])
     rewritten.export_hf(output, stock=stock)
     return {
         "folder": str(output),
@@ -41,6 +47,7 @@ def export(
         "skipped": rewritten.info.get("skipped", {}),
         "bytes": (output / WEIGHTS).stat().st_size,
         "ledger": ledger.to_dict(),
+        "notes": ledger.notes,
         "text": str(ledger),
     }
 
@@ -58,3 +65,16 @@ def _export_onnx(model: str, output: Path, passes: list[str], data: Any, progres
             "ledger": compiled.report["ledger"]["rows"],
             "text": compiled.ledger,
         }
+
+
+def _exportable(steps: Sequence[Step]) -> tuple[list[Step], list[str]]:
+    """Recipes without what transformers does in its own way, and notes on what that is."""
+    found: list[Step] = []
+    notes: list[str] = []
+    for step in steps:
+        if isinstance(step, LowBit):
+            left = [*map(str, step.more), *(f"rotation {name}" for name in step.tried if name not in TRIED)]
+            notes.append(f"recipe {step.name}: left out of a folder for transformers: {', '.join(left)}")
+            step = dataclasses.replace(step, more=(), tried=tuple(name for name in step.tried if name in TRIED))
+        found.append(step)
+    return found, notes

@@ -19,7 +19,7 @@ from sylvester.compiler.errors import CompileError
 from sylvester.compiler.pipeline import Pipeline
 from sylvester.compiler.program import Program, binding
 from sylvester.compiler.region import rebind
-from sylvester.passes import FoldNorms, Quantize, RotateHadamard
+from sylvester.passes import FoldNorms, SplitLinears
 from sylvester.passes.drop_sublayers import DropSublayers
 from sylvester.passes.skip_layers import SkipLayers
 from tests import zoo
@@ -261,15 +261,15 @@ def test_files_beside_the_weights_are_kept(sources, tmp_path):
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        ((Quantize(weights=8),), r"linear_w8.* in 'prefill', where the architecture has linear"),
-        ((FoldNorms(), RotateHadamard()), r"the program does not fit the architecture: "),
+        ((SplitLinears(),), r"linear.* made by 'split-linears' at .* in 'prefill', where the architecture has slice"),
+        ((FoldNorms(),), r"rms_norm.* made by 'fold-norms' at .* in 'prefill', where the architecture has layer_norm"),
     ],
 )
-def test_what_does_not_fit_is_named(steps, message, llama, tmp_path):
+def test_what_does_not_fit_is_named(steps, message, sources, tmp_path):
     with pytest.raises(CompileError, match=message) as caught:
-        passed(llama[1], *steps).export_hf(tmp_path / "out")
+        passed(sources("gpt2")[1], *steps).export_hf(tmp_path / "out")
 
-    assert "hint: export depth and sharing passes before" in " ".join(caught.value.__notes__)
+    assert "hint: leave out what made it" in " ".join(caught.value.__notes__)
     assert not (tmp_path / "out").exists()
 
 
@@ -346,8 +346,8 @@ def test_command_exports(sources, tmp_path, capsys):
     assert read(tmp_path / "out")[0]["per_layer_config"]["3"] == {"skip": ["mlp"]}
     assert main(["export", folder, "-o", str(tmp_path / "out")]) == 1
     assert "is not empty" in capsys.readouterr().err
-    assert main(["export", folder, "-o", str(tmp_path / "no"), "--passes", "w8a8"]) == 1
-    assert "w8a8" in capsys.readouterr().err
+    assert main(["export", folder, "-o", str(tmp_path / "no"), "--passes", "split-linears"]) == 1
+    assert "made by 'split-linears'" in capsys.readouterr().err
 
 
 def test_a_tokenizer_goes_along(llama, tmp_path):
