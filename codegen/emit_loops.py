@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from sylvester.codegen.index import Atom, Index, Loaded, Size, Var, atom, flatten, index, product
 from sylvester.codegen.index_text import c_text
 from sylvester.codegen.lazy import Buffer, Reduce, Store
-from sylvester.codegen.loop_axes import split_axes
+from sylvester.codegen.loop_axes import loop_body
 from sylvester.codegen.reads import loads
 from sylvester.codegen.scalar import BYTES, C_TYPES, FLOATS, Expr, Load, c_expression
 from sylvester.codegen.schedule import LoopNest, Member, certain, certain_in, row_offset, row_variables
@@ -100,24 +100,13 @@ class Emitter:
         return lines
 
     def _member(self, number: int, member: Member) -> None:
-        rows = row_variables(self.nest.rows)
-        axes = split_axes(member, rows, member.inner)
-        inner: list[Index] = []
-        loops: list[Var] = []
-        for parts in axes:
-            position = index(0)
-            for extent in parts:
-                variable = Var(f"i{self.variables}", extent)
-                self.variables += 1
-                loops.append(variable)
-                position = position * extent + atom(variable)
-            inner.append(position)
-        kept = sum(len(parts) for parts in axes[: member.extra])
-        element, place = member.element(rows, inner), member.place(rows, inner)
+        body = loop_body(member, row_variables(self.nest.rows), self.variables)
+        self.variables += len(body.loops)
         if isinstance(member.step, Store):
-            self._store(member.step, loops, element, place)
+            self._store(member.step, body.loops, body.element, body.place)
         else:
-            self._reduce(number, member.step, loops, kept, element, place, inner[member.extra :])
+            reduced = body.inner[member.extra :]
+            self._reduce(number, member.step, body.loops, body.kept, body.element, body.place, reduced)
 
     def _store(self, step: Store, loops: Sequence[Var], element: Expr, place: Index) -> None:
         if step.buffer in self.private:
@@ -180,8 +169,7 @@ class Emitter:
         self._close(len(loops))
 
     def _declare_private(self, step: Store) -> None:
-        (member,) = self.nest.written_by(step.buffer)
-        size = product(member.inner).constant
+        size = row_elements(self.nest, step.buffer)
         self._line(f"{C_TYPES[step.dtype]} l{self._private_name(step.buffer)}[{size}] __attribute__((aligned(64)));")
 
     def _private_name(self, buffer: str) -> int:
@@ -261,6 +249,12 @@ def _extreme(kind: str, dtype: str) -> str:
         return "-INFINITY" if kind == "max" else "INFINITY"
     lowest, highest = LIMITS[dtype]
     return lowest if kind == "max" else highest
+
+
+def row_elements(nest: LoopNest, buffer: str) -> int | None:
+    """Elements of a row of a private buffer."""
+    (member,) = nest.written_by(buffer)
+    return product(member.inner).constant
 
 
 def private_buffers(nest: LoopNest, buffers: dict[str, Buffer], readers: dict[str, int]) -> set[str]:

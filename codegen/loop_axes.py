@@ -2,9 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from sylvester.codegen.index import Atom, Index, Quotient, Remainder, Var, atom, flatten, index
 from sylvester.codegen.lazy import Shape
+from sylvester.codegen.scalar import Expr
 from sylvester.codegen.schedule import Member
+
+
+@dataclass(frozen=True)
+class Body:
+    """A member as loops around one element: the first `kept` loops choose the result, the rest are reduced.
+
+    `inner`: the position on each inner axis of the member.
+    """
+
+    loops: tuple[Var, ...]
+    kept: int
+    element: Expr
+    place: Index
+    inner: tuple[Index, ...]
+
+
+def loop_body(member: Member, rows: list[Index], first: int) -> Body:
+    """The loops of a member, called i<first>, i<first + 1>, ..."""
+    axes = split_axes(member, rows, member.inner)
+    inner: list[Index] = []
+    loops: list[Var] = []
+    for parts in axes:
+        position = index(0)
+        for extent in parts:
+            variable = Var(f"i{first + len(loops)}", extent)
+            loops.append(variable)
+            position = position * extent + atom(variable)
+        inner.append(position)
+    kept = sum(len(parts) for parts in axes[: member.extra])
+    return Body(tuple(loops), kept, member.element(rows, inner), member.place(rows, inner), tuple(inner))
 
 
 def split_axes(member: Member, rows: list[Index], inner: Shape) -> list[list[Index]]:

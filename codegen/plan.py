@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from types import MappingProxyType
 
 from sylvester.codegen.attention import attention_header, records_header
 from sylvester.codegen.costs import Cost, cost
@@ -17,12 +18,14 @@ from sylvester.codegen.layout import FormatName
 from sylvester.codegen.lazy import POSITION, Buffer, Plan, Pointer
 from sylvester.codegen.memory import ALIGNMENT, Slot, assign, lifetimes
 from sylvester.codegen.prelude import prelude, render
+from sylvester.codegen.region import Region
 from sylvester.codegen.scalar import C_TYPES
 from sylvester.codegen.schedule import ExternCall, Kernel, LoopNest, schedule
 from sylvester.codegen.web_candidates import choices
 
 ABI = 2
 """Version of the calling convention of the exported functions; the loader checks it."""
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Unit:
     costs: dict[str, tuple[Cost, ...]] = field(default_factory=dict)
     """Of the kernels of every entry, in the order of the plan."""
     arenas: dict[str, Arena] = field(default_factory=dict)
+    regions: dict[str, Region] = field(default_factory=dict)
+    """Text of a loop nest -> the nest, of equal ones that with the most work."""
 
     def add(self, plan: Plan, outputs: Sequence[Buffer], hints: Mapping[Size, int]) -> None:
         """Schedule an entry and append its plan."""
@@ -59,16 +64,21 @@ class Unit:
         self.costs[plan.name] = entry.costs
         self.arenas[plan.name] = Arena(tuple(tuple(slot.sizes) for slot in entry.slots), dict(hints))
 
+    def region(self, region: Region) -> None:
+        known = self.regions.get(region.function.text)
+        if known is None or known.work() < region.work():
+            self.regions[region.function.text] = region
+
     def function(self, text: str) -> str:
         """The name of the function with this text; equal text is emitted once."""
         return self.functions.setdefault(text, f"k{len(self.functions)}")
 
-    def text(self, isa: Isa) -> str:
-        """The whole translation unit for one instruction set."""
+    def text(self, isa: Isa, claimed: Mapping[str, str] = NOTHING) -> str:
+        """The translation unit for one instruction set; `claimed`: text of a loop nest -> what takes its place."""
         uses_attention = any("sv_attention_args" in source for source in self.sources)
         header = [attention_header()] if uses_attention else []
         header += [records_header()] if any("sv_record" in source for source in self.sources) else []
-        loops = [text.replace("NAME", name, 1) for text, name in self.functions.items()]
+        loops = [claimed.get(text, text).replace("NAME", name, 1) for text, name in self.functions.items()]
         return (
             "\n\n".join(
                 [
@@ -100,6 +110,7 @@ class _Entry:
         self.slots = assign(lifetimes(self.kernels, plan.buffers, self.private), plan.buffers, hints)
         self.slot_of = {name: n for n, slot in enumerate(self.slots) for name in slot.buffers}
         self.costs = tuple(cost(kernel, plan.buffers, self.private) for kernel in self.kernels)
+        self.hints = hints
 
     def text(self) -> str:
         pointers = [*(b for kind in ("input", "weight", "state") for b in self.plan.of_kind(kind)), *self.outputs]
@@ -213,9 +224,15 @@ class _Entry:
             call, work = f"{kernel.step.function}({arguments})", kernel.step.work
         else:
             loop: LoopFunction = self.loops[number]
+            self.unit.region(self._region(number, kernel))
             arguments = ", ".join(["u", *loop.buffers, *(s.name for s in loop.sizes)])
             call, work = f"{self.unit.function(loop.text)}({arguments})", loop.work
         return f"  SV_STEP({number}, {self._conflict(number)}, {_c(work)}, {call});"
+
+    def _region(self, number: int, nest: LoopNest) -> Region:
+        used = nest.reads | nest.writes
+        buffers = {name: self.plan.buffers[name] for name in sorted(used)}
+        return Region(nest, buffers, frozenset(self.private & used), self.loops[number], self.hints, self.costs[number])
 
     def _conflict(self, number: int) -> int:
         """The latest earlier kernel that this one must not overlap with, or -1."""
