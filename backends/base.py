@@ -24,6 +24,8 @@ class Backend(ABC):
     """Whether it takes `Target.tune`."""
     options: ClassVar[tuple[str, ...]] = ()
     """Names of `Target.options` that it takes."""
+    engines: ClassVar[tuple[str, ...]] = ()
+    """What it takes of `Target.engines`."""
     shares: ClassVar[bool] = False
     """Whether its attention takes `shared`: keys that all rows of a batch read from row 0."""
     notes: Sequence[str] = ()

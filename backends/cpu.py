@@ -11,6 +11,7 @@ import torch
 
 from sylvester.backends.base import Backend
 from sylvester.backends.cpu_machine import CpuMachine
+from sylvester.backends.engines import claim
 from sylvester.backends.identity import identity
 from sylvester.backends.kernel_table import write_table
 from sylvester.backends.memory_plan import memory_plan
@@ -27,16 +28,19 @@ from sylvester.compiler.manifest import Manifest
 from sylvester.compiler.program import Program, binding
 from sylvester.compiler.progress import Progress
 from sylvester.compiler.recipe import Machine
-from sylvester.compiler.target import Target, host_architecture
+from sylvester.compiler.target import ENGINES, Target, host_architecture
 
 BF16_READERS = (torch.ops.sylvester.linear_bf16.default, torch.ops.sylvester.widen_bf16.default)
 
 BLOCK_ROWS = 128
+ENGINE_SHARE = 0.5
+"""Of the time for tuning, where another compiler competes for regions."""
 
 
 class Cpu(Backend):
     name: ClassVar[str] = "cpu"
     tunes: ClassVar[bool] = True
+    engines: ClassVar[tuple[str, ...]] = ENGINES
     shares: ClassVar[bool] = True
 
     def identity(self, target: Target) -> tuple[str, ...] | None:
@@ -61,14 +65,23 @@ class Cpu(Backend):
         plan = memory_plan(program, made, stored | held, compiled.unit.arenas)
         progress(plan.notes()[0], 0, 1)
         isas = variants(compiled.unit.formats, target.architecture, target.isas)
-        tuning = tune(compiled.problems, isas, target, compiler, seconds=target.tune, progress=progress)
-        isas, self.notes, self.fusions = tuning.isas, [*plan.notes(), *tuning.notes], compiled.fusions
+        seconds = target.tune and target.tune * (1 - ENGINE_SHARE if target.engines else 1)
+        tuning = tune(compiled.problems, isas, target, compiler, seconds=seconds, progress=progress)
+        regions = list(compiled.unit.regions.values())
+        seconds = target.tune and target.tune * ENGINE_SHARE
+        claims = claim(regions, isas, target, compiler, seconds=seconds, progress=progress)
+        isas, self.fusions = tuning.isas, compiled.fusions
+        self.notes = [*plan.notes(), *tuning.notes, *claims.notes]
         self.facts = {"memory": plan.to_dict()}
         progress("compile", 0, len(isas))
         with ThreadPoolExecutor(knobs.threads()) as pool:
             jobs = [
                 pool.submit(
-                    build_shared, compiled.unit.text(isa), folder / "code" / f"{isa.name}.so", isa, compiler=compiler
+                    build_shared,
+                    compiled.unit.text(isa, claims.on(isa)),
+                    folder / "code" / f"{isa.name}.so",
+                    isa,
+                    compiler=compiler,
                 )
                 for isa in isas
             ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hashlib import sha256
 from pathlib import Path
 
-from sylvester.backends import fingerprint
+from sylvester.backends import fingerprint, tvm_engine
 from sylvester.backends.toolchain import find_compiler, version
 from sylvester.backends.tuning_database import default_path
 from sylvester.compiler import knobs
@@ -14,7 +14,8 @@ from sylvester.compiler.target import Target
 
 def identity(target: Target) -> tuple[str, ...]:
     compiler = find_compiler(architecture=target.architecture)
-    return (compiler.family, version(compiler), _measurements(target))
+    engines = [f"{name} {tvm_engine.version()}" for name in target.engines]
+    return (compiler.family, version(compiler), _measurements(target), *engines)
 
 
 def _measurements(target: Target) -> str:

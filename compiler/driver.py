@@ -97,6 +97,8 @@ def compile(
     require_options(chosen, getattr(backend, "options", ()))
     if chosen.tune is not None and not getattr(backend, "tunes", False):
         raise Unsupported(f"the target {chosen.name!r} has nothing to tune", hint="leave out `tune`")
+    if not set(chosen.engines) <= set(getattr(backend, "engines", ())):
+        raise Unsupported(f"the target {chosen.name!r} takes no engine {chosen.engines[0]!r}", hint="use target 'cpu'")
     steps = (*resolve_passes(passes), *_searched(budget, calibration))
     drafts = None if draft is None else DraftOption.parse(draft)
     data = listed(calibration)

@@ -11,6 +11,7 @@ from sylvester.compiler.errors import CompileError
 from sylvester.compiler.knobs import require_threads
 
 BUILT_IN = ("cpu", "onnx", "reference", "null", "wasm")
+ENGINES = ("tvm",)
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Target:
     """A backend name and its options.
 
     `isas` empty: every variant that pays; `threads` 0: chosen at load; `arch` empty: the architecture of this machine;
-    `tune`: seconds for timing kernels, None to use what is known.
+    `tune`: seconds for timing kernels, None to use what is known. `engines`: other compilers that may build parts of
+    the code where they are measured to be faster: "tvm".
     """
 
     name: str = "cpu"
@@ -27,8 +29,13 @@ class Target:
     max_length: int = 0
     arch: str = ""
     tune: float | None = None
+    engines: tuple[str, ...] = ()
     options: Mapping[str, object] = field(default_factory=dict, hash=False)
     """What one backend alone takes, by name."""
+
+    def __post_init__(self) -> None:
+        if self.engines not in ((), *((name,) for name in ENGINES)):
+            raise CompileError(f"engines must be a tuple of at most one of {list(ENGINES)}, found {self.engines!r}")
 
     @property
     def architecture(self) -> str:
