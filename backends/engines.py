@@ -114,6 +114,8 @@ class Competition:
         self.setting, self.database, self.progress, self.clock, self.timed = setting, database, progress, clock, timed
         self.failed: dict[str, str] = {}
         """Text of a region -> why its engine has nothing to offer."""
+        self.wrong: dict[str, str] = {}
+        """Text of a region -> what a candidate that others were raced without did."""
 
     def run(self, regions: Sequence[Region], seconds: float | None) -> Claims:
         """Claims of the database, after measuring what it does not know when there is time for that."""
@@ -158,10 +160,13 @@ class Competition:
         best = min((n for n in entry.times if n != str(OURS)), key=lambda n: entry.times[n].median)
         ratio = ours / max(entry.times[entry.chosen if won else best].median, 1)
         text = f"{name} {ratio:.2f}x, {entry.chosen}" if won else f"ours ({name} {ratio:.2f}x)"
-        return f"{text}, {ours / 1e3:.1f} us ours, {origin}"
+        wrong = self.wrong.get(region.function.text)
+        return f"{text}, {ours / 1e3:.1f} us ours, {origin}" + (f"; left out: {wrong}" if wrong else "")
 
     def _measure(self, regions: Sequence[Region], deadline: float) -> None:
-        offers = [(r, self._offer(r)) for r in sorted(regions, key=lambda r: -r.work()) if self.clock() < deadline]
+        """Build in half of the time, those with the most work first, and race what was built in the rest."""
+        half = (self.clock() + deadline) / 2
+        offers = [(r, self._offer(r)) for r in sorted(regions, key=lambda r: -r.work()) if self.clock() < half]
         offers = [(region, texts) for region, texts in offers if len(texts) > 1]
         if not offers or self.clock() >= deadline:
             return
@@ -193,11 +198,16 @@ class Competition:
 
     def _race(self, region: Region, bench: RegionBench, candidates: Sequence[Candidate], deadline: float) -> None:
         """Only what computes the same as ours may win."""
-        wrong = {c: bench.wrong(c, OURS) for c in candidates[1:]}
-        fit = [OURS, *(c for c, why in wrong.items() if not why)]
+        checked = {c: bench.wrong(c, OURS) for c in candidates[1:]}
+        wrong, fit = (
+            {c: why for c, why in checked.items() if why},
+            [OURS, *(c for c, why in checked.items() if not why)],
+        )
         if len(fit) == 1:
             self.failed[region.function.text] = f"{self.setting.engine.name} is wrong: {next(iter(wrong.values()))}"
             return
+        if wrong:
+            self.wrong[region.function.text] = "; ".join(f"{c}: {why}" for c, why in wrong.items())
         bench.ready(OURS)
         key = self.setting.key(region)
         run_race(self.database, key, fit, self.timed(bench), spent=lambda: self.clock() >= deadline)

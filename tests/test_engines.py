@@ -100,6 +100,17 @@ def test_wrong_code_never_wins(tmp_path, edit, reason):
     assert found.notes[0].endswith(": our kernel runs")
 
 
+def test_wrong_candidate_is_left_out_of_the_race(tmp_path):
+    def source(region: Region, candidate: Candidate, isa: object) -> str:
+        text = region.function.text
+        return text if candidate == OTHER else text.replace(" + 1.0f", " + 1.5f")
+
+    found = compete(tmp_path, Engine("fake", "1", lambda *_: (OTHER, Candidate({"FAKE": 2})), source))
+
+    assert "fake 1.25x, FAKE=1" in found.notes[0]
+    assert "; left out: FAKE=2: off by 0.5, the largest value is" in found.notes[0]
+
+
 def test_region_without_a_form_in_the_engine_stays_ours(tmp_path):
     def refuse(text: str) -> str:
         raise Refused("the reduction argmax")
