@@ -65,7 +65,8 @@ class QuantisedEmbedding(Packed):
         stored = [p for p in (self.weight_packed, getattr(self, "weight_scale", None)) if p is not None]
         if torch.compiler.is_exporting():
             return nn.functional.embedding(input, widen(*stored), self.padding_idx)
-        return widen(*(p[input.flatten()] for p in stored)).unflatten(0, input.shape)
+        found: Tensor = widen(*(p[input.flatten()] for p in stored)).unflatten(0, input.shape)
+        return found
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.form}"
@@ -101,7 +102,7 @@ def quantised(name: str, module: nn.Module, form: Format) -> nn.Module:
     if not isinstance(weight, Tensor) or weight.ndim != 2 or (form.op == EMBEDDING) != isinstance(module, nn.Embedding):
         raise CompileError(f"{name!r} is a {type(module).__name__}, the config has a {form.op} there: {SHAPES}")
     if isinstance(module, nn.Embedding):
-        return QuantisedEmbedding(form, *weight.shape, module.padding_idx, weight.device)
+        return QuantisedEmbedding(form, len(weight), weight.shape[1], module.padding_idx, weight.device)
     # Conv1D of GPT-2 stores its weight transposed.
     rows, depth = weight.shape if isinstance(module, nn.Linear) else weight.t().shape
     return QuantisedLinear(form, rows, depth, getattr(module, "bias", None), weight.device)

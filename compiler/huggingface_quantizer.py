@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sylvester.compiler.errors import CompileError
@@ -21,7 +22,7 @@ OURS = "compile the folder with sylvester instead: sv.compile(folder)"
 
 
 @register_quantization_config(METHOD)
-class SylvesterConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class SylvesterConfig(QuantizationConfigMixin):
     """`quantization_config` as compiler/huggingface_quantized.py describes it."""
 
     def __init__(
@@ -34,7 +35,7 @@ class SylvesterConfig(QuantizationConfigMixin):  # type: ignore[misc]
         refused: str = "",
         partial: bool = False,
     ) -> None:
-        self.quant_method, self.version = quant_method, version
+        self.quant_method, self.version = quant_method, version  # type: ignore[assignment]  # not one of its own
         self.modules, self.absent, self.passed = dict(modules or {}), dict(absent or {}), list(passed)
         self.partial = partial
         if refused:
@@ -42,8 +43,10 @@ class SylvesterConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer(METHOD)
-class SylvesterQuantizer(HfQuantizer):  # type: ignore[misc]
+class SylvesterQuantizer(HfQuantizer):
     """Replaces modules before weights are loaded; transformers then loads tensors by name and ties aliases."""
+
+    quantization_config: SylvesterConfig
 
     def update_attn_implementation(self, config: Any) -> Any:
         """The first call with the config: weights are in the usual file for those who can read them."""
