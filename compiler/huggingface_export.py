@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sylvester.compiler.artefact import check_destination
-from sylvester.compiler.check import evaluate, relative_error
+from sylvester.compiler.check import ROUNDED, evaluate, relative_error, rounds
 from sylvester.compiler.driver import trace
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.huggingface import WEIGHTS, load_folder, run_stock
@@ -40,7 +40,6 @@ from sylvester.compiler.huggingface_quantized import (
 from sylvester.compiler.huggingface_sites import untie
 from sylvester.compiler.huggingface_skips import ALL, DECODE, KINDS, Skips, acts_on_skips, ordered, write_skips
 from sylvester.compiler.program import Program
-from sylvester.compiler.quantized_ops import QUANTISED
 from sylvester.compiler.weights import ALIAS_PREFIX
 
 KEPT = (
@@ -54,8 +53,7 @@ KEPT = (
 )
 """Files of the source folder that stay as they are."""
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-SAME, ROUNDED = 1e-4, 0.05
-"""The most that results may differ; where rows are rounded, the last bit of a sum decides which way."""
+SAME = 1e-4
 
 
 def export(program: Program, folder: str | Path, *, stock: bool = False) -> Path:
@@ -224,7 +222,7 @@ def _copy(program: Program, source: Path, target: Path, model: nn.Module) -> Non
 def _require_same(program: Program, folder: Path) -> None:
     """What transformers makes of the folder computes what the program computes, on its examples."""
     expected = run_stock(folder, program.main.examples)
-    most = ROUNDED if program.main.calls(*QUANTISED) else SAME
+    most = ROUNDED if rounds(program) else SAME
     found = next(iter(evaluate(program).values()))
     for name in (o.name for o in program.main.outputs if o.kind == "output"):
         error = relative_error(found[name], expected[name])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sylvester.compiler import knobs
 from sylvester.compiler.changes import Changes, Refusal
-from sylvester.compiler.check import Bases, Results, evaluate, moved, require_same
+from sylvester.compiler.check import ROUNDED, Bases, Results, evaluate, moved, require_same, rounds
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.graph_steps import recorder
 from sylvester.compiler.ledger import Facts, Ledger, Row
@@ -121,7 +121,7 @@ class Witness:
         before = moved(self.last or {}, bases)
         self._remember(bases)
         self.last = self._evaluate(program)
-        return require_same(before, self.last)
+        return require_same(before, self.last, ROUNDED if rounds(program) else 0.0)
 
     def _remember(self, bases: Bases) -> None:
         for name, change in bases.items():

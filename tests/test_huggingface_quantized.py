@@ -17,8 +17,8 @@ import sylvester.transformers  # registers the loader
 from sylvester.__main__ import main
 from sylvester.compiler import huggingface_export
 from sylvester.compiler.calibration import Calibration
-from sylvester.compiler.check import evaluate, relative_error
-from sylvester.compiler.errors import CompileError
+from sylvester.compiler.check import ROUNDED, evaluate, relative_error, require_same, rounds
+from sylvester.compiler.errors import CompileError, ContractBroken
 from sylvester.compiler.huggingface_modules import Absent, QuantisedLinear
 from sylvester.compiler.huggingface_quantized import Format, parse_modules
 from sylvester.compiler.layers import find_layers
@@ -321,6 +321,18 @@ def test_lost_tensors_and_skips_in_decoding_are_named(rounded, tmp_path):
 def test_malformed_formats_are_named(form, message):
     with pytest.raises(CompileError, match=message):
         parse_modules({"version": 1, "modules": {"lm_head": form}})
+
+
+def test_exact_passes_over_rounded_rows_may_move_the_last_bit(sources, rounded):
+    before, near, far = ({"forward": {"y": torch.tensor([1.0, x])}} for x in (0.5, 0.51, 0.6))
+
+    assert rounds(rounded)
+    assert not rounds(sources(LLAMA)[1])
+    assert require_same(before, near, ROUNDED) == pytest.approx(0.01)
+    with pytest.raises(ContractBroken, match="expected at most 5e-02"):
+        require_same(before, far, ROUNDED)
+    with pytest.raises(ContractBroken, match="expected at most 1e-04"):
+        require_same(before, near)
 
 
 def test_formats_are_written_and_read_back():
