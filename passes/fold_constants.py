@@ -52,7 +52,7 @@ class FoldConstants(Pass):
             folder.count_live(found)
         for name, found in constant.items():
             for root in _roots(found):
-                folder.fold(program.entries[name], root, found)
+                folder.fold(program.entries[name], root)
             inline_scalars(program, program.entries[name], folder.changes)
         return folder.changes
 
@@ -72,9 +72,9 @@ class Folder:
         weights = (n for n in constant if is_weight(n))
         self.live |= {binding(n).key for n in weights if any(u not in constant for u in n.users)}
 
-    def fold(self, entry: Entry, root: fx.Node, constant: Mapping[fx.Node, None]) -> None:
+    def fold(self, entry: Entry, root: fx.Node) -> None:
         """Replace `root` by a weight placeholder, or refuse."""
-        cone = _cone(root, constant)
+        cone = _cone(root)
         if fill := self._fill(entry, root, cone):
             entry.replace(root, fill)
             self.changes.apply("fill", root)
@@ -88,6 +88,7 @@ class Folder:
                 return
             self.folded[term] = self._store(root, cone)
         key = self.folded[term]
+        self.live.add(key)
         entry.replace(root, entry.bind("weight", key, self.program.weights[key]))
         self.changes.apply("fold", root)
 
@@ -181,15 +182,15 @@ def _roots(constant: Mapping[fx.Node, None]) -> list[fx.Node]:
     return sorted(found)
 
 
-def _cone(root: fx.Node, constant: Mapping[fx.Node, None]) -> list[fx.Node]:
-    """All that `root` is made of, operands first."""
+def _cone(root: fx.Node) -> list[fx.Node]:
+    """All that `root` is made of, operands first; among it may be a weight that an earlier root became."""
     needed, stack = {root}, [root]
     while stack:
         for operand in stack.pop().all_input_nodes:
             if operand not in needed:
                 needed.add(operand)
                 stack.append(operand)
-    return [n for n in constant if n in needed]
+    return sorted(needed)
 
 
 def _term(node: fx.Node, seen: dict[fx.Node, Any]) -> Any:

@@ -123,3 +123,13 @@ def test_half_precision_is_folded_in_its_own_type() -> None:
 
     assert made.weights["w.add"].dtype == torch.bfloat16
     assert torch.equal(made.weights["w.add"], 1 + weights["w"])
+
+
+def test_a_constant_that_another_constant_and_the_model_use() -> None:
+    """Found by the fuzzer: the outer constant is made of the weight that the inner one became."""
+    weights = {"w": torch.randn(8)}
+    made = folded(program(lambda x, w: (x * w.exp(), x * w.exp().cos()), x, weights=weights), limit=64)
+
+    assert ops(made) == ["aten.mul.Tensor", "aten.mul.Tensor"]
+    torch.testing.assert_close(made.weights["w.exp"], weights["w"].exp())
+    assert len(made.weights) == 2
