@@ -37,7 +37,7 @@ def _bound(bound: Any, size: int | torch.SymInt) -> Any:
     """A slice bound counted from the start; the end of the axis is END."""
     if bound is None or (isinstance(bound, int) and isinstance(size, int) and bound >= size):
         return END
-    return bound + size if isinstance(bound, int) and bound < 0 and isinstance(size, int) else bound
+    return max(bound + size, 0) if isinstance(bound, int) and bound < 0 and isinstance(size, int) else bound
 
 
 def select(node: fx.Node) -> Result:

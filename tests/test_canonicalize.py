@@ -66,6 +66,7 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], list[str]]] = {
     "slice of everything": (lambda x: x[:, :, :].relu(), ["aten.relu"]),
     "slices of one axis": (lambda x: x[..., 2:][..., 1:4], ["aten.slice.Tensor"]),
     "slice from the end": (lambda x: x[..., -3:], ["aten.slice.Tensor"]),
+    "slice from before the start": (lambda x: torch.ops.aten.slice.Tensor(x, 2, -99, 2), ["aten.slice.Tensor"]),
     "split": (lambda x: x.split(4, -1)[1], ["aten.slice.Tensor"]),
     "uneven split": (lambda x: x.split([2, 5, 1], -1)[1], ["aten.slice.Tensor"]),
     "chunk": (lambda x: x.chunk(3, 2)[2], ["aten.slice.Tensor"]),
