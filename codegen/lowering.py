@@ -187,9 +187,9 @@ class Lowering:
 
     def _outputs(self) -> None:
         for output, node in zip(self.entry.outputs, self.entry.results(), strict=True):
-            result: Lazy = self.values[node]
             if output.kind == "state":
                 continue
+            result: Lazy = self.value_of(node)
             buffer = self.buffer("output", result.shape, result.dtype, output.name)
             store = Store(buffer.name, result.shape, result.dtype, result.load, buffer.offset, f"output {output.name}")
             self.plan.steps.append(store)

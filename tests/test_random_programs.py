@@ -49,6 +49,15 @@ def test_biases_and_norm_weights_that_broadcast() -> None:
     assert max(map(relative, found, expected)) <= 2e-6
 
 
+def test_weights_and_inputs_that_are_outputs() -> None:
+    made, x = {"w": torch.randn(40, 33), "v": torch.randn(5)}, torch.randn(7, 33)
+    traced = program(lambda x, w, v: (F.linear(x, w), w, v, x), x, weights=made, axes=lambda _: ())
+
+    ((product, w, v, same),) = on_cpu(traced, (x,))
+    assert relative(product, F.linear(x.double(), made["w"].double())) <= 2e-6
+    assert all(torch.equal(a, b) for a, b in ((w, made["w"]), (v, made["v"]), (same, x)))
+
+
 def test_sums_of_int8_products_that_may_not_fit_are_refused() -> None:
     depth = 2 * LARGEST_DEPTH
     stored = {"w": torch.ones(1, depth, dtype=torch.int8), "scales": torch.ones(1, 1)}
