@@ -201,7 +201,8 @@ def _interpolated(a: Lazy, axis: int, wanted: Index, align_corners: bool, factor
     def load(i: Indices) -> Expr:
         x = cast(value_of(i[axis]), "f32")
         if align_corners:
-            place = call("mul", x, _ratio(extent - 1, wanted - 1, None)) if wanted != index(1) else Constant(0.0, "f32")
+            gaps = call("max", value_of(wanted - 1), Constant(1, "i64"))
+            place = call("mul", x, call("div", cast(value_of(extent - 1), "f32"), cast(gaps, "f32")))
         else:
             centre = call("mul", call("add", x, half), _ratio(extent, wanted, factor))
             place = call("fmax", call("sub", centre, half), Constant(0.0, "f32"))

@@ -226,6 +226,7 @@ def gathers() -> Iterator[Case]:
     yield from c(aten.upsample_linear1d.vec, f("n", 3, 5), None, False, [3.0])
     yield from c(aten.upsample_bilinear2d.vec, f("n", 3, 4, 5), None, False, [2.0, 2.0])
     yield from c(aten.upsample_bilinear2d.vec, f("n", 3, 4, 5), [7, 3], True, None)
+    yield from c(aten.upsample_bilinear2d.vec, f("n", 3, 4, 5), [7, "n"], True, None)
     yield from c(aten.one_hot.default, i("n", "m", low=0, high=6), 6)
 
 
