@@ -138,19 +138,22 @@ class Emitter:
         self._close(kept)
 
     def _accumulate(self, total: str, kind: str, dtype: str, value: str, loops: Sequence[Var]) -> None:
+        extremum, floating = kind in ("max", "min"), dtype == "f32"
+        clause, combined = f"reduction({CLAUSE[kind]}:{total})", COMBINE[kind].format(total, "v" if extremum else value)
         self._line(f"{C_TYPES[dtype]} {total} = {START.get(kind) or _extreme(kind, dtype)};")
-        self._open(loops, f"#pragma omp simd reduction({CLAUSE[kind]}:{total})")
-        element = value
-        if kind in ("max", "min"):  # the combination names its operand twice
+        if extremum and floating:
+            self._line(f"int {total}_nan = 0;")
+            clause, combined = f"{clause} reduction(|:{total}_nan)", f"{combined} {total}_nan |= v != v;"
+        self._open(loops, f"#pragma omp simd {clause}")
+        if extremum:  # the combination names its operand twice
             self._line(f"const {C_TYPES[dtype]} v = {value};")
-            value = "v"
-        self._line(COMBINE[kind].format(total, value))
+        self._line(combined)
         self._close(len(loops))
-        if kind in ("max", "min") and dtype == "f32":
-            self._infinite(total, kind, element, loops)
+        if extremum and floating:
+            self._infinite(total, kind, value, loops)
 
     def _infinite(self, total: str, kind: str, element: str, loops: Sequence[Var]) -> None:
-        """A vectorised extremum may start from the largest finite number: look again when it ends there."""
+        """A vectorised extremum may start from the largest finite number: look again when it ends there. NaN wins."""
         self._line(f"if ({total} == {'-' if kind == 'max' else ''}3.40282347e+38f) {{")
         self.depth += 1
         self._line(f"{total} = {_extreme(kind, dtype='f32')};")
@@ -158,14 +161,18 @@ class Emitter:
         self._line(f"const float v = {element};")
         self._line(COMBINE[kind].format(total, "v"))
         self._close(len(loops) + 1)
+        self._line(f"if ({total}_nan) {total} = NAN;")
 
     def _find(self, at: str, best: str, kind: str, dtype: str, value: str, place: str, loops: Sequence[Var]) -> None:
-        """The first place of the largest or smallest value."""
+        """The first place of the largest or smallest value, or of a NaN."""
         self._line(f"{C_TYPES[dtype]} {best} = {_extreme(kind[3:], dtype)};")
         self._line(f"int64_t {at} = 0;")
         self._open(loops, "")
         self._line(f"const {C_TYPES[dtype]} v = {value};")
-        self._line(f"if (v {'>' if kind == 'argmax' else '<'} {best}) {{ {best} = v; {at} = {place}; }}")
+        better = f"v {'>' if kind == 'argmax' else '<'} {best}"
+        if dtype == "f32":
+            better += f" || (v != v && {best} == {best})"
+        self._line(f"if ({better}) {{ {best} = v; {at} = {place}; }}")
         self._close(len(loops))
 
     def _declare_private(self, step: Store) -> None:

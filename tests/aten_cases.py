@@ -249,6 +249,9 @@ def reductions() -> Iterator[Case]:
     yield from c(aten.sum.dim_IntList, f("n", "m"), None)
     for keep in (False, True):
         yield from c((aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim), f("n", 3, "m"), 1, keep)
+    for target in (aten.amax.default, aten.amin.default, aten.argmax.default, aten.argmin.default):
+        yield from c(target, edges(16, 5), [0] if target in (aten.amax.default, aten.amin.default) else 0)
+    yield from c((aten.max.dim, aten.min.dim), edges(5, 16), 0)
     variances = (aten.var, aten.std)
     for packet in variances:
         yield from c(packet.correction, f(4, "m"), [1], correction=0)
@@ -292,6 +295,7 @@ def pooling() -> Iterator[Case]:
     yield from c(aten.max_pool2d.default, image, [2, 2], [2, 2], [1, 1], [2, 1])
     yield from c(aten.max_pool2d.default, image, [2, 3], [2, 2], [0, 1], [1, 1], True)
     yield from c(aten.max_pool2d.default, f(3, 9, "m"), [2, 2])
+    yield from c(aten.max_pool2d.default, edges(3, 9, 7), [2, 2])
     yield from c(aten.avg_pool2d.default, image, [3, 3], [2, 2], [1, 1], False, False)
     yield from c(aten.avg_pool2d.default, image, [2, 3], [2, 2], [1, 1], True, True)
     yield from c(aten.avg_pool2d.default, image, [2, 3], [2, 2], [0, 1], True, False)
