@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from sylvester.codegen.branches import sum_unless
@@ -43,7 +45,7 @@ def layers_to_skip(
     lowering: Lowering, fact: Fact, before: Lazy, after: Lazy, left: Lazy | None, threshold: float, run: float
 ) -> Lazy:
     """before . after >= threshold |before| |after|, from three sums over each row."""
-    before, after = (of_buffer(lowering.kept(x)) for x in (before, after))
+    before, after = (of_buffer(replace(lowering.kept(x), shape=x.shape)) for x in (before, after))
 
     def total(a: Lazy, b: Lazy) -> Lazy:
         inner = a.shape[-1:]

@@ -58,6 +58,19 @@ def test_weights_and_inputs_that_are_outputs() -> None:
     assert all(torch.equal(a, b) for a, b in ((w, made["w"]), (v, made["v"]), (same, x)))
 
 
+def test_streams_that_lie_in_buffers_of_another_shape() -> None:
+    """A 1d convolution leaves its result in memory as a picture of one row."""
+
+    def model(x: Tensor, before: Tensor, w: Tensor) -> Tensor:
+        return torch.ops.sylvester.layers_to_skip(before, F.conv1d(x, w), None, 0.1, 2.0)
+
+    x, before, w = torch.randn(2, 3, 8), torch.randn(2, 4, 6), torch.randn(4, 3, 3)
+    traced = program(model, x, before, weights={"w": w}, axes=lambda _: ())
+
+    (((found,)),) = on_cpu(traced, (x, before))
+    assert torch.equal(found, model(x, before, w))
+
+
 def test_sums_of_int8_products_that_may_not_fit_are_refused() -> None:
     depth = 2 * LARGEST_DEPTH
     stored = {"w": torch.ones(1, depth, dtype=torch.int8), "scales": torch.ones(1, 1)}
