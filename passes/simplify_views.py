@@ -36,15 +36,19 @@ def as_reshape(node: fx.Node) -> Result:
 
 
 def _sizes(source: fx.Node, result: Tensor, given: Sequence[Any]) -> list[Any] | None:
-    """Numbers where known, -1 for the last unknown size, for the others what was given or a size of `source`."""
+    """Numbers where known, -1 for the last unknown size, for the others what was given or a size of `source`.
+
+    Beside a size of 0, -1 could be anything.
+    """
     sizes: list[Any] = list(result.shape)
     unknown = [i for i, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
     for i in unknown:
         sizes[i] = given[i] if isinstance(given[i], fx.Node) else _found(source, result.shape[i])
     missing = [i for i in unknown if sizes[i] is None]
-    if len(missing) > 1:
+    empty = 0 in sizes
+    if len(missing) > (0 if empty else 1):
         return None
-    if unknown:
+    if unknown and not empty:
         sizes[missing[0] if missing else unknown[-1]] = -1
     return sizes
 

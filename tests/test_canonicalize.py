@@ -96,6 +96,14 @@ def test_expected_ops(name: str) -> None:
     assert not GONE.intersection(found)
 
 
+def test_a_view_of_no_elements_says_every_size() -> None:
+    empty = torch.randn(3, 5, 2, 0)
+    made = program(lambda x: x.flatten(2), empty)
+    Canonicalize().run(made)
+
+    assert made.run("forward", {"x0": torch.randn(4, 6, 2, 0)})["y0"].shape == (4, 6, 0)
+
+
 def test_view_of_view_is_one_reshape() -> None:
     made = canonical(lambda x: x.view(x.shape[0], -1, 2, 4).view(-1, 4), x)
 
