@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly lint types golden bench venv
+.PHONY: help demo test nightly fuzz lint types golden bench venv
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ test: $(READY) ## run the tests; ARGS="-k name" selects some, JOBS=4 uses more p
 
 nightly: $(READY) ## run the tests that take too long for every change
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m nightly $(ARGS)
+
+fuzz: $(READY) ## random graphs through every pass and backend; SECONDS=28800 SEED=7 for a night
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60) --seed $(or $(SEED),0) $(ARGS)
 
 lint: $(READY) ## check style with ruff
 	$(BIN)/ruff check .

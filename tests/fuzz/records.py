@@ -1,0 +1,160 @@
+"""What ops accept, as recorded calls: the ATen cases, the examples of the dialect, and the left sides of rules.
+
+A record says how its operands' sizes hang together: equal sizes are tied until running the call shows otherwise.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+import sylvester.passes
+from sylvester.codegen import compile as _registered  # noqa: F401  (registers the lowerings)
+from sylvester.codegen.lowering import LOWERINGS
+from sylvester.compiler.ops import OPS, Example, Ints, Records, Stored
+from sylvester.compiler.pattern import EITHER, trace
+from sylvester.compiler.rewrite import Rule
+from tests.aten_cases import CASES
+from tests.fuzz.graphs import Ref, Step, mapped
+from tests.sampling import Case, Sample
+
+dialect = torch.ops.sylvester
+
+
+@dataclass(frozen=True)
+class Record:
+    """Calls over samples; `Ref(k)` is sample k, or after the samples the result of an earlier call."""
+
+    name: str
+    samples: tuple[Sample, ...]
+    calls: tuple[Step, ...]
+
+    @property
+    def pointwise(self) -> bool:
+        return all(torch.Tag.pointwise in getattr(call.target, "tags", ()) for call in self.calls)
+
+
+def sample_of(argument: object) -> object:
+    """The argument of an example as a sample; anything else stays."""
+    if isinstance(argument, Ints):
+        return Sample(argument.shape, "integer", 0, argument.high)
+    if isinstance(argument, Records):
+        return Sample(argument.shape, "records", argument.bits)
+    if isinstance(argument, Stored) and argument.dtype.is_floating_point:
+        return Sample(argument.shape, "short", weight=True, dtype=argument.dtype)
+    if isinstance(argument, Stored):
+        limits = torch.iinfo(argument.dtype)
+        return Sample(argument.shape, "integer", limits.min, limits.max + 1, True, argument.dtype)
+    shape = isinstance(argument, tuple) and all(isinstance(n, int) for n in argument)
+    return Sample(argument) if shape else argument
+
+
+def record(case: Case) -> Record:
+    samples = case.samples
+    rest = iter(range(len(samples)))
+    args, kwargs = mapped((case.args, case.kwargs), lambda x: Ref(next(rest)) if isinstance(x, Sample) else x)
+    return Record(str(case.target), tuple(samples), (Step(case.target, args, kwargs),))
+
+
+def motif(name: str, graph: fx.Graph, samples: list[Sample]) -> Record:
+    """The calls of a traced function."""
+    numbers, calls = {node: k for k, node in enumerate(graph.find_nodes(op="placeholder"))}, []
+    for node in (n for n in graph.nodes if n.op == "call_function"):
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: Ref(numbers[n]))
+        calls.append(Step(node.target, tuple(_plain(args)), dict(kwargs)))
+        numbers[node] = len(numbers)
+    return Record(name, tuple(samples), tuple(calls))
+
+
+def _plain(tree: Any) -> Any:
+    """Tuples and lists in place of the immutable ones of a graph."""
+    if isinstance(tree, (tuple, list)):
+        return (tuple if isinstance(tree, tuple) else list)(_plain(x) for x in tree)
+    return tree
+
+
+def _spellings(rule: type[Rule]) -> Iterator[fx.Graph]:
+    traced = trace(rule.before, rule.example)
+    choices = [n for n in traced.nodes if n.target is EITHER]
+    for picks in itertools.product(*(range(len(n.args[0])) for n in choices)):
+        graph, copies = fx.Graph(), {}
+        for node in traced.nodes:
+            if node.target is EITHER:
+                copies[node] = copies[node.args[0][picks[choices.index(node)]]]
+            else:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.eliminate_dead_code()
+        yield graph
+
+
+def _rules() -> Iterator[Record]:
+    for module in pkgutil.iter_modules(sylvester.passes.__path__):
+        importlib.import_module(f"sylvester.passes.{module.name}")
+    for rule in Rule.__subclasses__():
+        if rule.__module__.startswith("sylvester.passes"):
+            yield from _forms(rule)
+
+
+def _forms(rule: type[Rule]) -> Iterator[Record]:
+    samples = [s for s in map(sample_of, rule.example) if isinstance(s, Sample)]
+    for graph in _spellings(rule):
+        yield motif(f"rule {rule.__name__}", graph, samples)
+
+
+def feed_forward(x: Tensor, g: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return x + F.linear(F.gelu(F.linear(dialect.rms_norm(x, g, 1e-5), up)), down)
+
+
+def gated(x: Tensor, g: Tensor, b: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    n = F.layer_norm(x, (32,), g, b)
+    return x + F.linear(F.silu(F.linear(n, gate)) * F.linear(n, up), down)
+
+
+def scores(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    a, b, c = (F.linear(x, w).unflatten(-1, (2, 16)).transpose(1, 2) for w in (q, k, v))
+    return F.scaled_dot_product_attention(a, b, c, is_causal=True).transpose(1, 2).flatten(2)
+
+
+def plain_norm(x: Tensor, g: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * g
+
+
+WIDE, SQUARE = Sample((48, 32), weight=True), Sample((32, 32), weight=True)
+ROWS, GAIN, DOWN = Sample((2, 3, 32)), Sample((32,), weight=True), Sample((32, 48), weight=True)
+MOTIFS = (
+    (feed_forward, (ROWS, GAIN, WIDE, DOWN)),
+    (gated, (ROWS, GAIN, GAIN, WIDE, WIDE, DOWN)),
+    (scores, (ROWS, SQUARE, SQUARE, SQUARE)),
+    (plain_norm, (ROWS, GAIN)),
+)
+"""Parts of transformers, which calls drawn one by one hardly ever make."""
+
+
+def _motifs() -> Iterator[Record]:
+    for function, samples in MOTIFS:
+        example: Example = tuple(s.shape for s in samples)
+        yield motif(f"motif {function.__name__}", trace(function, example), list(samples))
+
+
+@cache
+def records() -> dict[str, tuple[Record, ...]]:
+    """All records by what they call: a name is drawn first, so that ops with many records weigh no more."""
+    found: dict[str, list[Record]] = {}
+    examples = (Case(op.target, tuple(map(sample_of, e))) for op in OPS.values() for e in op.examples)
+    for made in itertools.chain(map(record, (*CASES, *examples)), _rules(), _motifs()):
+        found.setdefault(made.name, []).append(made)
+    return {name: tuple(made) for name, made in found.items()}
+
+
+def lowered() -> set[Any]:
+    """Every op that native code is made of."""
+    return set(LOWERINGS)

@@ -1,0 +1,135 @@
+"""What a program should compute: its graph in float64, and how far rounding may move each element.
+
+Every inexact value is moved by a few roundings of float32, several times over (stochastic arithmetic, Vignes, 1993);
+what moves far, such as a floor near an integer, is not compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from sylvester.compiler.program import Program, binding
+
+NOISE, PAIRS, FACTOR, FLOOR = 2.0**-21, 2, 20, 1e-5
+LARGEST, SMALLEST = 1e30, 1e-30
+"""Beyond and below these float32 may overflow or lose the number; it counts as noise whether it is 0."""
+dialect = torch.ops.sylvester
+COARSE = {dialect.linear_bf16.default: 4e-2, dialect.attention_bf16.default: 8e-2, dialect.attention_int8.default: 2e-1}
+"""Ops that round operands, which instruction sets may leave out: how far of the largest value that moves the result."""
+
+
+class Mismatch(AssertionError):
+    """Two ways to run a graph disagree."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One output: exact values, how far each may be off, and which are the same under noise."""
+
+    exact: Tensor
+    allowed: Tensor
+    stable: Tensor
+    dtype: torch.dtype
+
+    def require(self, found: Tensor, where: str) -> None:
+        """Raise `Mismatch` when a stable element differs by more than is allowed."""
+        if found.shape != self.exact.shape or found.dtype != self.dtype:
+            wanted = f"{self.dtype}{list(self.exact.shape)}"
+            raise Mismatch(f"{where}: found {found.dtype}{list(found.shape)}, expected {wanted}")
+        actual, exact = found.double(), self.exact.double()
+        same = (actual == exact) | (actual.isnan() & exact.isnan())
+        wrong = self.stable & ~same & ~((actual - exact).abs() <= self.allowed)
+        if wrong.any():
+            at = tuple(int(i) for i in wrong.nonzero()[0])
+            raise Mismatch(
+                f"{where}: {int(wrong.sum())} of {wrong.numel()} elements differ, at {at} found {float(actual[at])!r}, "
+                f"expected {float(exact[at])!r} within {float(self.allowed[at]):.1e}"
+            )
+
+
+class _Wide(fx.Interpreter):
+    """A graph in float64; a `seed` adds noise, and the negative seed that noise with the other sign."""
+
+    def __init__(self, module: fx.GraphModule, seed: int) -> None:
+        super().__init__(module)
+        self.side = 1 if seed > 0 else -1
+        self.random = torch.Generator().manual_seed(abs(seed)) if seed else None
+
+    def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What is given moves too, for sums that cancel; values as short as 0.5 are taken as meant."""
+        x = super().placeholder(target, args, kwargs)
+        if self.random is None or x.dtype != torch.float64:
+            return x
+        return torch.where(x == x.bfloat16().double(), x, x * (1 + NOISE * self._signs(x.shape)))
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = pytree.tree_map(self._literal, (args, kwargs))
+        result = super().call_function(target, args, kwargs)
+        given = {t.untyped_storage().data_ptr() for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        return pytree.tree_map(lambda x: self._moved(x, target, given), result)
+
+    def _literal(self, x: Any) -> Any:
+        """float64 for float32; numbers that float32 rounds move as well."""
+        if x is torch.float32:
+            return torch.float64
+        if not isinstance(x, float) or self.random is None or float(np.float32(x)) == x:
+            return x
+        return x * (1 + NOISE * float(self._signs(())))
+
+    def _signs(self, shape: Sequence[int]) -> Tensor:
+        """1/2 to 3/2 with either sign: noise of equal size may cancel."""
+        drawn = torch.rand(shape, generator=self.random, dtype=torch.float64) * 2 - 1
+        return self.side * (drawn + 0.5 * drawn.sign())
+
+    def _moved(self, x: Any, target: Any, given: set[int]) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.bfloat16:
+            return x
+        y = x.double()
+        if self.random is None or x.untyped_storage().data_ptr() in given:
+            return y
+        y = torch.where(y.abs() < SMALLEST, 0.0, y)
+        inexact = y.isfinite() & (y != y.float().double())
+        y = torch.where(inexact, y * (1 + NOISE * self._signs(y.shape)), y)
+        if target in COARSE:
+            largest = float(y.abs().nan_to_num(0.0, 0.0, 0.0).max())
+            y = y + COARSE[target] / FACTOR * largest * self._signs(y.shape).sign()
+        return y
+
+
+def expected(program: Program, inputs: Mapping[str, Tensor], entry: str = "forward") -> dict[str, Expected]:
+    """What the outputs should be."""
+    chosen = program.entries[entry]
+    module = fx.GraphModule(torch.nn.Module(), chosen.graph)
+    sources: dict[str, Mapping[str, Tensor]] = {"input": inputs, "weight": program.weights}
+    given = [sources[binding(n).kind][binding(n).key] for n in chosen.placeholders()]
+    plain = program.run(entry, inputs)
+    wide = [t.double() if t.dtype == torch.float32 else t for t in given]
+    seeds = [0, *(side * (k + 1) for k in range(PAIRS) for side in (1, -1))]
+    with torch.no_grad():
+        exact, *noisy = (_Wide(module, seed).run(*wide) for seed in seeds)
+    return {
+        output.name: _expected(exact[k], [run[k] for run in noisy], plain[output.name].dtype)
+        for k, output in enumerate(chosen.outputs)
+    }
+
+
+def _expected(exact: Tensor, noisy: list[Tensor], dtype: torch.dtype) -> Expected:
+    wide = exact.double()
+    moves = [(run.double() - wide).abs().nan_to_num(0.0, 0.0, 0.0) for run in noisy]
+    kinds = [(run.double().isfinite() == wide.isfinite()) & (run.isnan() == wide.isnan()) for run in noisy]
+    stable, largest = torch.stack(kinds).all(0), torch.stack(moves).amax(0)
+    if not exact.is_floating_point():
+        return Expected(exact, torch.zeros_like(wide), stable & (largest == 0), dtype)
+    stable &= ~(wide.isfinite() & (wide.abs() > LARGEST))
+    scale = wide.abs().nan_to_num(0.0, 0.0, 0.0)
+    scale = scale.max() if scale.numel() else scale.new_zeros(())
+    return Expected(
+        exact, FACTOR * largest + FLOOR * (wide.abs() + 0.1 * scale).nan_to_num(0.0, 0.0, 0.0), stable, dtype
+    )
