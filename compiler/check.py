@@ -102,8 +102,12 @@ def moved(results: Results, bases: Bases) -> Results:
 
 
 def rounds(program: Program) -> bool:
-    """Whether layers round the rows they read."""
-    return any(entry.calls(*QUANTISED) for entry in program.entries.values())
+    """Whether the program was read from a folder of rounded weights, and its layers round the rows they read.
+
+    Then exact passes that raise it meet rows that are rounded already, on either side of them.
+    """
+    read = (program.info.get("config") or {}).get("quantization_config")
+    return bool(read) and any(entry.calls(*QUANTISED) for entry in program.entries.values())
 
 
 def largest_difference(before: Results, after: Results, least: float = 0.0) -> Difference | None:

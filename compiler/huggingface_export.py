@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sylvester.compiler.artefact import check_destination
-from sylvester.compiler.check import ROUNDED, evaluate, relative_error, rounds
+from sylvester.compiler.check import ROUNDED, evaluate, relative_error
 from sylvester.compiler.driver import trace
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.huggingface import WEIGHTS, load_folder, run_stock
@@ -40,6 +40,7 @@ from sylvester.compiler.huggingface_quantized import (
 from sylvester.compiler.huggingface_sites import untie
 from sylvester.compiler.huggingface_skips import ALL, DECODE, KINDS, Skips, acts_on_skips, ordered, write_skips
 from sylvester.compiler.program import Program
+from sylvester.compiler.quantized_ops import QUANTISED
 from sylvester.compiler.weights import ALIAS_PREFIX
 
 KEPT = (
@@ -222,7 +223,7 @@ def _copy(program: Program, source: Path, target: Path, model: nn.Module) -> Non
 def _require_same(program: Program, folder: Path) -> None:
     """What transformers makes of the folder computes what the program computes, on its examples."""
     expected = run_stock(folder, program.main.examples)
-    most = ROUNDED if rounds(program) else SAME
+    most = ROUNDED if program.main.calls(*QUANTISED) else SAME
     found = next(iter(evaluate(program).values()))
     for name in (o.name for o in program.main.outputs if o.kind == "output"):
         error = relative_error(found[name], expected[name])

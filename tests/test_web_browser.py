@@ -119,19 +119,12 @@ def test_low_bit_products_of_every_build_are_those_of_the_cpu(context, web_low_b
     x = np.random.default_rng(1).standard_normal((5, 96), np.float32)
     script = """async (x) => {
         const { load } = await import("/model.js");
-        const found = [];
-        for (const isa of ["simd128", "relaxed"]) {
-          const model = await load({ url: "/", isa });
-          const [output] = Object.values(await model.run({ [model.manifest.entries.forward.inputs[0].name]: x }));
-          found.push(Array.from(output.data));
-          model.dispose();
-        }
-        return found;
+        const loaded = ["simd128", "relaxed"].map((isa) => load({ url: "/", isa }));
+        const runs = loaded.map(async (model) => Object.values(await (await model).run({ input: x }))[0]);
+        return (await Promise.all(runs)).map(({ data }) => Array.from(data));
       }"""
-    with sv.load(web_low_bit / "cpu") as cpu:
+    with sv.load(web_low_bit / "cpu") as cpu, serving(web_low_bit / "wasm") as site:
         expected = cpu(x)
-
-    with serving(web_low_bit / "wasm") as site:
         for found in blank(context, site).evaluate(script, x.tolist()):
             np.testing.assert_allclose(np.reshape(found, expected.shape), expected, atol=1e-5)
 
