@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import zip_longest
-from string import Template
 
 from sylvester.compiler.graph_steps import Graphs, Step
+from sylvester.compiler.html_page import page
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -21,33 +19,14 @@ td.gone { background: #d7301f2e; } td.made { background: #2ca0252e; }
 tr.gap td { color: #888; text-align: center; padding: .3em; } td:target { outline: 2px solid #e08214; }
 summary { cursor: pointer; } a { color: inherit; text-decoration-style: dotted; } h2 { font-size: 1.15em; }
 """
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8"/>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'sha256-$hash'"/>
-<meta name="viewport" content="width=device-width"/>
-<title>$title</title>
-<style>$style</style>
-</head>
-<body>
-<h1>$title</h1>
-<ol>
-$contents
-</ol>
-$body
-</body>
-</html>
-""")
 NODE = re.compile(r"%(\w+)")
 
 
 def render(title: str, steps: Sequence[Step]) -> str:
     """The page; well-formed as XML too. Operands link to the node that makes them."""
-    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     contents = "\n".join(f'<li><a href="#s{i}">{escape(s.name)}</a>: {_summary(s)}</li>' for i, s in enumerate(steps))
     body = "\n".join(_step(i, step) for i, step in enumerate(steps))
-    return PAGE.substitute(title=escape(title), style=STYLE, hash=digest, contents=contents, body=body)
+    return page(title, STYLE, f"<ol>\n{contents}\n</ol>\n{body}")
 
 
 def _summary(step: Step) -> str:

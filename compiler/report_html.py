@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from string import Template
 from typing import Any
 
 from sylvester.compiler import report_plots
 from sylvester.compiler.budget import FIELDS, shown
+from sylvester.compiler.html_page import page
 from sylvester.compiler.manifest import Manifest
 from sylvester.compiler.svg import Bar, bar_chart
 from sylvester.compiler.totals import Totals
@@ -24,22 +22,6 @@ th, td { border-bottom: 1px solid #8886; padding: .2em .8em .2em 0; text-align: 
 td.number { font-variant-numeric: tabular-nums; text-align: right; white-space: nowrap; }
 pre { overflow-x: auto; font-size: 12px; } svg { max-width: 100%; height: auto; }
 """
-# A page that states its own policy can be opened anywhere: only this style sheet applies, nothing is loaded.
-PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8"/>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'sha256-$hash'"/>
-<meta name="viewport" content="width=device-width"/>
-<title>$title</title>
-<style>$style</style>
-</head>
-<body>
-<h1>$title</h1>
-$body
-</body>
-</html>
-""")
 BEFORE, AFTER = " before", " after"
 Row = Mapping[str, Any]
 
@@ -66,10 +48,8 @@ def render(report: Mapping[str, Any], manifest: Manifest) -> str:
         "The ledger as text": f"<pre>{escape(ledger['text'])}</pre>" if ledger.get("text") else "",
     }
     body = "\n".join(f"<h2>{name}</h2>\n{text}" for name, text in sections.items() if text)
-    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     model = str(report.get("model", {}).get("architecture") or "model")
-    title = escape(f"{model} for {manifest.target}")
-    return PAGE.substitute(title=title, style=STYLE, hash=digest, body=body)
+    return page(f"{model} for {manifest.target}", STYLE, body)
 
 
 def _summary(report: Mapping[str, Any], rows: Sequence[Row], manifest: Manifest) -> dict[str, object]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sylvester.compiler.cache_ops import quantize_records
+from sylvester.compiler.ops import Ints, Records, Stored
 
 Size = int | str
 SIZES = ({"n": 5, "m": 7}, {"n": 3, "m": 11}, {"n": 1, "m": 34})
@@ -124,3 +125,18 @@ class Case:
 def c(targets: Any, *args: Any, **kwargs: Any) -> Iterator[Case]:
     for target in targets if isinstance(targets, tuple) else (targets,):
         yield Case(target, args, kwargs)
+
+
+def sample(argument: object) -> object:
+    """The argument of an example as a sample; anything else stays."""
+    if isinstance(argument, Ints):
+        return Sample(argument.shape, "integer", 0, argument.high)
+    if isinstance(argument, Records):
+        return Sample(argument.shape, "records", argument.bits)
+    if isinstance(argument, Stored) and argument.dtype.is_floating_point:
+        return Sample(argument.shape, "short", weight=True, dtype=argument.dtype)
+    if isinstance(argument, Stored):
+        limits = torch.iinfo(argument.dtype)
+        return Sample(argument.shape, "integer", limits.min, limits.max + 1, True, argument.dtype)
+    shape = isinstance(argument, tuple) and all(isinstance(n, int) for n in argument)
+    return Sample(argument) if shape else argument

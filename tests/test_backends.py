@@ -21,7 +21,7 @@ from sylvester.codegen.lowering import LOWERINGS
 from sylvester.compiler import knobs
 from sylvester.compiler.errors import Unsupported
 from sylvester.compiler.manifest import NAME, read
-from sylvester.compiler.ops import OPS, Example, Ints, Op, Records, Stored
+from sylvester.compiler.ops import OPS, Example, Op
 from sylvester.compiler.program import Program
 from sylvester.compiler.progress import silent
 from sylvester.compiler.target import Target
@@ -29,7 +29,7 @@ from tests import aten_program
 from tests.aten_cases import CASES
 from tests.kernel_harness import supported
 from tests.programs import program
-from tests.sampling import SIZES, Case, Sample
+from tests.sampling import SIZES, Case, Sample, sample
 
 RELATIVE = 1e-5
 dialect = torch.ops.sylvester
@@ -45,20 +45,6 @@ VARIANTS = 3
 MULTIPLES = (1, 1, 3, 5, 7)
 WITHOUT_CASE = {operator.getitem}
 """Lowerings that every case of an op with several results runs."""
-
-
-def sample(argument: object) -> object:
-    if isinstance(argument, Ints):
-        return Sample(argument.shape, "integer", 0, argument.high)
-    if isinstance(argument, Records):
-        return Sample(argument.shape, "records", argument.bits)
-    if isinstance(argument, Stored) and argument.dtype.is_floating_point:
-        return Sample(argument.shape, "short", weight=True, dtype=argument.dtype)
-    if isinstance(argument, Stored):
-        limits = torch.iinfo(argument.dtype)
-        return Sample(argument.shape, "integer", limits.min, limits.max + 1, True, argument.dtype)
-    shape = isinstance(argument, tuple) and all(isinstance(n, int) for n in argument)
-    return Sample(argument) if shape else argument
 
 
 def shapes(example: Example) -> list[tuple[int, ...]]:

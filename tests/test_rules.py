@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 import pkgutil
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,27 +12,13 @@ from torch import Tensor, fx
 import sylvester.passes
 from sylvester.compiler.match import Match, Matcher
 from sylvester.compiler.ops import sample
-from sylvester.compiler.pattern import EITHER, pattern_of, trace
+from sylvester.compiler.pattern import pattern_of
 from sylvester.compiler.rewrite import Rule
+from tests.spellings import spellings
 
 for module in pkgutil.iter_modules(sylvester.passes.__path__):
     importlib.import_module(f"sylvester.passes.{module.name}")
 RULES = [rule for rule in Rule.__subclasses__() if rule.__module__.startswith("sylvester.passes")]
-
-
-def spellings(rule: type[Rule]) -> Iterator[fx.Graph]:
-    """`before` as one graph for each way to choose among its `either` forms."""
-    traced = trace(rule.before, rule.example)
-    choices = [n for n in traced.nodes if n.target is EITHER]
-    for picks in itertools.product(*(range(len(n.args[0])) for n in choices)):
-        graph, copies = fx.Graph(), {}
-        for node in traced.nodes:
-            if node.target is EITHER:
-                copies[node] = copies[node.args[0][picks[choices.index(node)]]]
-            else:
-                copies[node] = graph.node_copy(node, copies.__getitem__)
-        graph.eliminate_dead_code()
-        yield graph
 
 
 def tensors(rule: type[Rule]) -> list[Tensor]:

@@ -20,12 +20,13 @@ from torch import Tensor, fx
 import sylvester.passes
 from sylvester.codegen import compile as _registered  # noqa: F401  (registers the lowerings)
 from sylvester.codegen.lowering import LOWERINGS
-from sylvester.compiler.ops import OPS, Example, Ints, Records, Stored
-from sylvester.compiler.pattern import EITHER, trace
+from sylvester.compiler.ops import OPS, Example
+from sylvester.compiler.pattern import trace
 from sylvester.compiler.rewrite import Rule
 from tests.aten_cases import CASES
 from tests.fuzz.graphs import Ref, Step, mapped
-from tests.sampling import Case, Sample
+from tests.sampling import Case, Sample, sample
+from tests.spellings import spellings
 
 dialect = torch.ops.sylvester
 
@@ -41,21 +42,6 @@ class Record:
     @property
     def pointwise(self) -> bool:
         return all(torch.Tag.pointwise in getattr(call.target, "tags", ()) for call in self.calls)
-
-
-def sample_of(argument: object) -> object:
-    """The argument of an example as a sample; anything else stays."""
-    if isinstance(argument, Ints):
-        return Sample(argument.shape, "integer", 0, argument.high)
-    if isinstance(argument, Records):
-        return Sample(argument.shape, "records", argument.bits)
-    if isinstance(argument, Stored) and argument.dtype.is_floating_point:
-        return Sample(argument.shape, "short", weight=True, dtype=argument.dtype)
-    if isinstance(argument, Stored):
-        limits = torch.iinfo(argument.dtype)
-        return Sample(argument.shape, "integer", limits.min, limits.max + 1, True, argument.dtype)
-    shape = isinstance(argument, tuple) and all(isinstance(n, int) for n in argument)
-    return Sample(argument) if shape else argument
 
 
 def record(case: Case) -> Record:
@@ -82,20 +68,6 @@ def _plain(tree: Any) -> Any:
     return tree
 
 
-def _spellings(rule: type[Rule]) -> Iterator[fx.Graph]:
-    traced = trace(rule.before, rule.example)
-    choices = [n for n in traced.nodes if n.target is EITHER]
-    for picks in itertools.product(*(range(len(n.args[0])) for n in choices)):
-        graph, copies = fx.Graph(), {}
-        for node in traced.nodes:
-            if node.target is EITHER:
-                copies[node] = copies[node.args[0][picks[choices.index(node)]]]
-            else:
-                copies[node] = graph.node_copy(node, copies.__getitem__)
-        graph.eliminate_dead_code()
-        yield graph
-
-
 def _rules() -> Iterator[Record]:
     for module in pkgutil.iter_modules(sylvester.passes.__path__):
         importlib.import_module(f"sylvester.passes.{module.name}")
@@ -105,8 +77,8 @@ def _rules() -> Iterator[Record]:
 
 
 def _forms(rule: type[Rule]) -> Iterator[Record]:
-    samples = [s for s in map(sample_of, rule.example) if isinstance(s, Sample)]
-    for graph in _spellings(rule):
+    samples = [s for s in map(sample, rule.example) if isinstance(s, Sample)]
+    for graph in spellings(rule):
         yield motif(f"rule {rule.__name__}", graph, samples)
 
 
@@ -149,7 +121,7 @@ def _motifs() -> Iterator[Record]:
 def records() -> dict[str, tuple[Record, ...]]:
     """All records by what they call: a name is drawn first, so that ops with many records weigh no more."""
     found: dict[str, list[Record]] = {}
-    examples = (Case(op.target, tuple(map(sample_of, e))) for op in OPS.values() for e in op.examples)
+    examples = (Case(op.target, tuple(map(sample, e))) for op in OPS.values() for e in op.examples)
     for made in itertools.chain(map(record, (*CASES, *examples)), _rules(), _motifs()):
         found.setdefault(made.name, []).append(made)
     return {name: tuple(made) for name, made in found.items()}
