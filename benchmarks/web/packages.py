@@ -34,10 +34,14 @@ def installed(folder: Path) -> Path:
     return folder / "node_modules"
 
 
-def minified(bundle: Path, modules: Path) -> int:
-    """Bytes of the runtime of a bundle in one piece, without the tokenizer and the page."""
+LATER = "./tuning.js"
+"""Fetched once tuning runs."""
+
+
+def minified(bundle: Path, modules: Path, *, later: bool = False) -> int:
+    """Bytes of the runtime of a bundle in one piece, without the tokenizer and the page; `later`: with tuning."""
     esbuild = modules / "@esbuild" / platform(modules) / "bin" / "esbuild"
-    kept = ["--external:node:*", "--external:./vendor/*"]
+    kept = ["--external:node:*", "--external:./vendor/*", *([] if later else [f"--external:{LATER}"])]
     command = [esbuild, "--bundle", "--minify", "--format=esm", "--ignore-annotations", *kept]
     made = subprocess.run(command, input=RUNTIME.encode(), cwd=bundle, capture_output=True, check=True)
     return len(made.stdout)
