@@ -71,6 +71,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _passes(text: str) -> list[str]:
+    if not text:
+        return []
     from sylvester.compiler.resolve import separated
 
     return separated(text)

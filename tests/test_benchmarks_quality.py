@@ -23,6 +23,7 @@ def test_only_rows_that_are_no_larger_are_compared() -> None:
     assert not peers.beside(replace(PEER, exact=True), [OWN])
 
 
+@pytest.mark.nightly
 def test_our_rows_are_measured_against_the_float_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recipes = {"fp32": (), "w8a8": (Quantize(weights=8),)}
     monkeypatch.setattr(sylvester_candidates, "RECIPES", recipes)

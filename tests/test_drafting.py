@@ -87,6 +87,7 @@ def test_tokens_are_those_of_plain_decoding(draft, batch):
     assert model.drafting.made >= model.drafting.rounds
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["gpt-neox", "gpt2", "gemma", "odd-names"])
 def test_other_architectures(name):
     program = zoo.traced(name).clone()

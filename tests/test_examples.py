@@ -18,7 +18,7 @@ def run(name, *arguments):
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_semantic_search_finds_lines_by_meaning(tmp_path):
     text = tmp_path / "lines.txt"
     text.write_text("Bread dough should rest.\nTwo waves broke over the bow.\n\nInterest rates rose.\n")

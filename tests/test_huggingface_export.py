@@ -116,7 +116,7 @@ def logits(program, ids=PROMPT):
         return compiled(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.nightly) for n in ("qwen2", "gpt2"))])
 def test_skipped_parts_stay_skipped(name, sources, tmp_path):
     folder, program = sources(name)
     skipped = passed(program, DROP)

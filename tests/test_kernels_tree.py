@@ -63,6 +63,7 @@ def attend(lib, made, instance, place, operands, depths, status=0):
     return y
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("isa", "threads"), [*((isa, 3) for isa in supported()), (supported()[-1], 1)], ids=lambda x: getattr(x, "name", x)
 )

@@ -37,6 +37,7 @@ def flops(entry: Entry) -> int:
     return sum(node_cost(node).flops for node in entry.calls())
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", zoo.CAUSAL)
 def test_the_zoo_starts_with_the_last_logits_of_prefill(name: str) -> None:
     case = zoo.case(name)

@@ -22,6 +22,8 @@ from sylvester.passes.rotate_hadamard import RotateHadamard
 WINDOWS, SEEDS = 3, (0, 1, 2)
 W4A4, W8A8 = Quantize(weights=4, activations=4), Quantize(weights=8)
 
+pytestmark = pytest.mark.nightly
+
 
 class Trained:
     """The shipped model, maybe with outliers; perplexities relative to float, means over seeds of the rotations."""

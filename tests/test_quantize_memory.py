@@ -68,8 +68,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
-@pytest.mark.parametrize("method", [pytest.param("mse", marks=pytest.mark.nightly), "gptq"])
+@pytest.mark.parametrize("method", ["mse", "gptq"])
 def test_what_is_held_while_quantising(method: str, folder: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder), method]
     # Freed memory goes back to the system at once, so that resident is what is held.

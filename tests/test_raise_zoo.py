@@ -56,6 +56,7 @@ def test_everything_is_raised(name: str) -> None:
         assert flags(after) == {CAUSAL[name]}
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", EAGER)
 def test_attention_written_out_and_half_precision(name: str, dtype: torch.dtype) -> None:
