@@ -11,9 +11,7 @@ import argparse
 import json
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from torch import Tensor
 
 import sylvester as sv
 from benchmarks.quality.recipes import HELD, MODEL, windows
+from benchmarks.web.server import running
 from sylvester.cli_serve import Server
 
 SCRIPT = """async ([isa, windows]) => {
@@ -70,7 +69,7 @@ def rows(passes: str, isas: Sequence[str], ids: list[list[int]], page: Page, fol
         cpu = torch.cat([_losses(compiled(np.array([window])).logits[0], window) for window in ids])
     yield _row(passes, "cpu", cpu, cpu)
     sv.compile(str(MODEL), target="wasm", passes=recipe).save(folder)
-    with _serving(folder) as url:
+    with running(Server(folder, "127.0.0.1", 0, True)) as url:
         page.goto(url + "page/icon.svg")
         for isa in isas:
             losses = torch.tensor(page.evaluate(SCRIPT, [isa, ids]), dtype=torch.float64)
@@ -86,18 +85,6 @@ def _row(passes: str, runtime: str, losses: Tensor, cpu: Tensor) -> Row:
     noise = float(differences.std() / len(losses) ** 0.5)
     change = float(differences.mean().expm1())
     return Row(passes, runtime, float(losses.mean().exp()), change, noise, len(losses))
-
-
-@contextmanager
-def _serving(folder: Path) -> Iterator[str]:
-    server = Server(folder, "127.0.0.1", 0, True)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server.url
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -29,7 +29,13 @@ def serving(folders: Mapping[str, Path]) -> Iterator[str]:
             if keyword != "Content-Security-Policy":
                 super().send_header(keyword, value)
 
-    server = Server(PAGES, "127.0.0.1", 0, True, Mounted)
+    with running(Server(PAGES, "127.0.0.1", 0, True, Mounted)) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def running(server: Server) -> Iterator[str]:
+    """The address of a server that answers within the block."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
