@@ -1,7 +1,7 @@
 /** Autoregressive decoding: read the prompt, then choose a token and read it, until the limit or the end. */
 
 import { AbortError, InputError } from "./errors.js";
-import { breathe } from "./platform.js";
+import { breather } from "./platform.js";
 import { sampler } from "./sampling.js";
 import { Pieces, Until } from "./text.js";
 
@@ -22,6 +22,7 @@ export async function generate(session, prompt, options, decode, { signal, onTok
   let first = start;
   const measured = () => timed(result, start, first);
   const exact = options.seed !== undefined;
+  const breathe = breather();
   let next = prompt;
   const listen = async () => {
     await breathe();

@@ -4,7 +4,30 @@ import { embed } from "./embed.js";
 import { InputError, toPlain, UnsupportedError } from "./errors.js";
 import { generate } from "./generate.js";
 import { loadModel } from "./loading.js";
+import { BREATH } from "./platform.js";
 import { Session } from "./session.js";
+
+/** Tokens on their way to the page, several in a message where they come faster than anyone sees. */
+class Stream {
+  /** @param {(tokens: object[]) => void} send */
+  constructor(send) {
+    this.send = send;
+    /** @type {object[]} */
+    this.waiting = [];
+    this.sent = -Infinity;
+  }
+
+  push(token) {
+    this.waiting.push(token);
+    if (performance.now() - this.sent >= BREATH) this.flush();
+  }
+
+  flush() {
+    if (this.waiting.length) this.send(this.waiting);
+    this.waiting = [];
+    this.sent = performance.now();
+  }
+}
 
 const NOTHING = { seconds: 0, remembered: false, shapes: [] };
 
@@ -93,14 +116,20 @@ export class Host {
     return { value, transfer: Object.values(value).map(({ data }) => data.buffer) };
   }
 
-  async generate({ prompt, options }, signal, onToken) {
+  async generate({ prompt, options, listening }, signal, event) {
     const text = typeof prompt === "string";
     if (!text && !(Array.isArray(prompt) || ArrayBuffer.isView(prompt)))
       throw new InputError(`the prompt is a ${typeof prompt}, expected a text or token ids`);
     this.session ??= new Session(this.model.engine);
     const ids = text ? this.tokenizer.encode(prompt) : Array.from(/** @type {any} */ (prompt), Number);
     const decode = this.hasText ? this.tokenizer.decode : undefined;
-    return { value: await generate(this.session, ids, options, decode, { signal, onToken }) };
+    const stream = new Stream(listening ? event : () => {});
+    try {
+      const onToken = (/** @type {object} */ token) => stream.push(token);
+      return { value: await generate(this.session, ids, options, decode, { signal, onToken }) };
+    } finally {
+      stream.flush();
+    }
   }
 
   async embed({ texts, options }) {

@@ -64,6 +64,7 @@ export interface GenerateOptions {
   seed?: number;
   /** Ids that end the text in place of the model's own, and texts. */
   stop?: number | string | (number | string)[];
+  /** Called for every token; those of a few milliseconds arrive together. */
   onToken?: (token: Token) => void;
   /** Cancels with an `AbortError`, whose `partial` is what was generated. */
   signal?: AbortSignal;

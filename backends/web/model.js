@@ -61,7 +61,8 @@ export class Model {
 
   /** @param {string | ArrayLike<number>} prompt @param {import("./model.d.ts").GenerateOptions} [options] */
   async generate(prompt, { onToken, signal, ...options } = {}) {
-    return this.#client.call("generate", { prompt, options }, { signal, onEvent: onToken });
+    const onEvent = (/** @type {any[]} */ tokens) => tokens.forEach((token) => queueMicrotask(() => onToken(token)));
+    return this.#client.call("generate", { prompt, options, listening: !!onToken }, { signal, onEvent });
   }
 
   /** @param {string | string[]} texts @param {{normalize?: boolean}} [options] */

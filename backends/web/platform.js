@@ -45,6 +45,19 @@ export async function parent(heard) {
   return (message, transfer) => parentPort.postMessage(message, transfer);
 }
 
+/** How long, in ms, work goes on without looking at messages. */
+export const BREATH = 8;
+
+/** Lets messages in: when it is first asked, and after every breath of work. @returns {() => Promise<void>} */
+export function breather() {
+  let last = -Infinity;
+  return async () => {
+    if (performance.now() - last < BREATH) return;
+    await breathe();
+    last = performance.now();
+  };
+}
+
 /** Lets messages in. */
 export const breathe = isNode ? () => new Promise((next) => setImmediate(next)) : pageBreath();
 
