@@ -1,0 +1,1 @@
+"""NVIDIA GPUs: kernels in Triton, built ahead of time, started by the driver."""

@@ -1,0 +1,53 @@
+"""Kernels as cubins, built without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sylvester.backends.cuda.modules import load, require_triton
+from sylvester.codegen.gpu_kernel import Kernel
+from sylvester.compiler.errors import CompileError
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90")
+"""Ampere, Ada and Hopper; a cubin runs on its own architecture only, and on later ones of the same major version."""
+WARP = 32
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """Machine code of one kernel. `shared` bytes of shared memory; the driver takes two null pointers after the
+    arguments, which are for scratch memory that no kernel here has."""
+
+    function: str
+    image: bytes
+    shared: int
+    warps: int
+
+
+def build(kernel: Kernel, arch: str) -> Cubin:
+    """`CompileError` for an architecture that is not among `ARCHITECTURES`, or a kernel that Triton refuses."""
+    if arch not in ARCHITECTURES:
+        raise CompileError(f"found the architecture {arch!r}, expected one of {list(ARCHITECTURES)}")
+    compiled = _compiled(kernel, arch)
+    if compiled.metadata.global_scratch_size:
+        raise CompileError(f"the kernel {kernel.function} asks for scratch memory, which is not given")
+    return Cubin(compiled.metadata.name, compiled.asm["cubin"], compiled.metadata.shared, compiled.metadata.num_warps)
+
+
+def _compiled(kernel: Kernel, arch: str) -> Any:
+    require_triton()
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(load(kernel.text, interpreted=False), kernel.function)
+    names = function.arg_names
+    signature = {name: kernel.types.get(name, "constexpr") for name in names}
+    hints = {(names.index(name),): [["tt.divisibility", 16]] for name in kernel.aligned}
+    source = ASTSource(function, signature, dict(kernel.constants), hints)
+    options = {"num_warps": kernel.warps, "num_stages": kernel.stages, "enable_fp_fusion": True}
+    try:
+        return triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), WARP), options=options)
+    except triton.CompilationError as cause:
+        raise CompileError(f"Triton refuses the kernel {kernel.function} for {arch}: {cause}") from cause

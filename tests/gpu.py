@@ -1,0 +1,41 @@
+"""How tests run a kernel for GPUs: by Triton's interpreter, and built for every architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sylvester.backends.cuda.compile import ARCHITECTURES, build
+from sylvester.backends.cuda.modules import interpret
+from sylvester.codegen.gpu_kernel import Kernel
+
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", torch.uint8: "u8",
+    torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv",
+}  # fmt: skip
+
+
+def types_of(arguments: dict[str, Any]) -> dict[str, str]:
+    """Triton's types of tensors, whole numbers (32 bits) and floats."""
+
+    def name(value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            return f"*{TYPES[value.dtype]}"
+        return "fp32" if isinstance(value, float) else "i32"
+
+    return {key: name(value) for key, value in arguments.items()}
+
+
+def run(kernel: Kernel, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Writes into the tensors among the arguments, which must have the types that the kernel was made for."""
+    assert types_of(arguments) == dict(kernel.types)
+    interpret(kernel, grid, arguments)
+
+
+def builds(kernel: Kernel, architectures: tuple[str, ...] = ARCHITECTURES) -> None:
+    """The kernel has machine code for these architectures."""
+    for arch in architectures:
+        made = build(kernel, arch)
+        assert made.image[:4] == b"\x7fELF"
+        assert made.shared <= 227 * 1024
