@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,31 @@ def test_standard_graphs_have_standard_ops_only(lm):
     else:
         assert {"GroupQueryAttention", "SkipSimplifiedLayerNormalization"} <= names
         assert not {"RotaryEmbedding", "TensorScatter"} & names
+
+
+@pytest.mark.parametrize("lm", ["ort"], indirect=True)
+def test_norms_of_sums_make_only_what_is_read(lm):
+    """Of norm, mean, deviation and sum, the two in the middle."""
+    nodes = [n for n in graph_of(lm, "decode").graph.node if n.op_type == "SkipSimplifiedLayerNormalization"]
+
+    assert {tuple(bool(name) for name in n.output) for n in nodes} == {(True, False, False, True)}
+
+
+@pytest.mark.parametrize("lm", ["ort"], indirect=True)
+@pytest.mark.parametrize(("entry", "sums"), [("decode", 1), ("prefill", 0)])
+def test_positions_are_counted_once_for_all_layers(lm, entry, sums):
+    graph = graph_of(lm, entry).graph
+    counts = Counter(n.op_type for n in graph.node)
+    lengths = {tuple(n.input[5:7]) for n in graph.node if n.op_type == "GroupQueryAttention"}
+
+    assert counts["GroupQueryAttention"] > len(lengths) == 1
+    assert {op: counts[op] for op in ("Shape", "Cast", "Sub", "Expand")} == {
+        "Shape": 2,
+        "Cast": 1,
+        "Sub": 1,
+        "Expand": 1,
+    }
+    assert (counts["Add"], counts["Squeeze"], counts["Unsqueeze"]) == (sums, 0, 0)
 
 
 def test_batches_read_prompts_in_parts(lm):

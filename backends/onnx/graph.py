@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,9 +48,18 @@ class Graph:
         return self.calls(op, *inputs, count=1, domain=domain, **attributes)[0]
 
     def calls(
-        self, op: str, *inputs: ir.Value | None, count: int, domain: str = "", **attributes: Any
+        self,
+        op: str,
+        *inputs: ir.Value | None,
+        count: int,
+        domain: str = "",
+        unread: Collection[int] = (),
+        **attributes: Any,
     ) -> tuple[ir.Value, ...]:
-        """All results of an op; attributes that are None, and inputs at the end, are left out."""
+        """All results of an op; attributes that are None, and inputs at the end, are left out.
+
+        Results that are `unread` have no name: a runtime does not make them.
+        """
         while inputs and inputs[-1] is None:
             inputs = inputs[:-1]
         given = {name: x for name, x in attributes.items() if x is not None}
@@ -58,7 +67,7 @@ class Graph:
         for known in self._known:
             if key in known:
                 return known[key]
-        outputs = tuple(ir.Value(name=self._fresh()) for _ in range(count))
+        outputs = tuple(ir.Value(name="" if n in unread else self._fresh()) for n in range(count))
         named = ir.convenience.convert_attributes(given)
         node = ir.Node(domain, op, inputs, named, outputs=outputs, name=f"{outputs[0].name}.{op}")
         self.nodes.append(node)

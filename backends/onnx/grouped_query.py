@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
-from sylvester.backends.onnx.attention_call import Call, end_of
+from sylvester.backends.onnx.attention_call import Call
 from sylvester.backends.onnx.builder import Builder, Operand, equal
 from sylvester.backends.onnx.graph import CONTRIB, TYPES
 from sylvester.backends.onnx.packed_layers import packed
@@ -83,10 +83,7 @@ def _written(
     turned: Tables | None,
     heads: tuple[int, int],
 ) -> ir.Value:
-    total = end_of(b, call)
-    last = b.call("Sub", total, b.number(1, torch.int64))
-    lengths = b.call("Expand", b.call("Unsqueeze", last, b.ints(0)), b.size(call.q.shape[0]))
-    lengths, total = (b.call("Cast", t, to=TYPES[torch.int32]) for t in (lengths, total))
+    lengths, total = _lengths(b, call)
     found, keys, values = b.calls(
         "GroupQueryAttention", *inputs, *caches.before(b), lengths, total, *(turned.values(b) if turned else ()),
         count=3, domain=CONTRIB, num_heads=heads[0], kv_num_heads=heads[1], scale=call.scale,
@@ -101,6 +98,15 @@ def _written(
     if after is not None and _is(after, flat):
         b.values[after] = found
     return b.call("Transpose", b.reshape(found, [batch, count, heads[0], width], flat), perm=TOKENS_FIRST)
+
+
+def _lengths(b: Builder, call: Call) -> tuple[ir.Value, ir.Value]:
+    """int32: the last position that each row may see [batch], and the number of positions [1]."""
+    end = b.size(call.q.shape[2])
+    end = end if call.past is None else b.call("Add", b.read(call.past, torch.int64), end)
+    total = b.call("Cast", end, to=TYPES[torch.int32])
+    last = b.call("Sub", total, b.number(1, torch.int32))
+    return b.call("Expand", last, b.size(call.q.shape[0])), total
 
 
 def _flattened(node: fx.Node | None) -> fx.Node | None:

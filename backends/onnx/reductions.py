@@ -177,8 +177,9 @@ def after_sum(b: Builder, x: Operand, scale: ir.Value, eps: float) -> ir.Value |
         return None
     first, second = (b.operand(n) for n in x.node.args[:2] if isinstance(n, fx.Node))
     found, _, _, total = b.calls(
-        "SkipSimplifiedLayerNormalization", first.value, second.value, scale, count=4, domain=CONTRIB, epsilon=eps
-    )
+        "SkipSimplifiedLayerNormalization", first.value, second.value, scale, count=4, domain=CONTRIB, unread=(1, 2),
+        epsilon=eps,
+    )  # fmt: skip
     b.values[x.node] = total
     return found
 
