@@ -3,14 +3,16 @@
     python -m benchmarks.onnx_int4 [--calibration FOLDER] [--context 256] [--runs 60] [--threads 1]
 
 Both have int4 weights, head and table in symmetric groups of 32, which MatMulNBits and GatherBlockQuantized read, and
-GroupQueryAttention over caches that are bound in place. Size is of the weight matrices with their scales; KL is from
-the float32 program, on held-out text. FOLDER has .txt files to fit to. Decode steps are timed interleaved.
+GroupQueryAttention over caches that are bound in place, the same ones for all. Size is of the weight matrices with
+their scales; KL is from the float32 program, on held-out text. FOLDER has .txt files to fit to. Decode steps are timed
+interleaved, in another order each round, after a pause that ends the spinning of the threads before.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import random
 import statistics
 import sys
 import tempfile
@@ -30,6 +32,7 @@ from benchmarks.quality.onnxruntime_candidates import measured, quantize
 from benchmarks.quality.sylvester_candidates import in_torch
 from benchmarks.suite import onnx_llama
 from benchmarks.suite.onnx_engine import session
+from sylvester.backends.onnx.names import past_name, present_name
 from sylvester.backends.onnx.runtime import open_session
 from sylvester.compiler.program import Program
 from sylvester.compiler.quality import kl_rows
@@ -37,7 +40,12 @@ from sylvester.passes import Quantize
 
 OURS = {"clipped": Quantize(weights=4, group=32, method="mse"), "gptq": Quantize(weights=4, group=32, method="gptq")}
 WARM = 20
+PAUSE = 0.01
+"""Seconds; threads of a session wait actively for less."""
+PAST = "past_key_values."
+"""What our names of past caches begin with."""
 Array = NDArray[Any]
+Caches = dict[str, Array]
 
 
 def main(arguments: list[str]) -> None:
@@ -47,7 +55,9 @@ def main(arguments: list[str]) -> None:
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as folder:
         work = load(options, Path(folder))
-        rows = [own(work, options), *(ours(work, name, options) for name in OURS if name == "clipped" or work.fit)]
+        caches = buffers(work.program)
+        named = [name for name in OURS if name == "clipped" or work.fit]
+        rows = [own(work, caches, options), *(ours(work, name, caches, options) for name in named)]
         steps = [step for _, _, _, step in rows]
         times = interleaved(steps, options.runs)
         print(f"{'int4 in onnxruntime':<28} {'bytes':>9} {'KL':>9} {'decode ms':>10} {'ratio':>6}")
@@ -59,12 +69,12 @@ def main(arguments: list[str]) -> None:
 Row = tuple[str, int, float, Callable[[], object]]
 
 
-def own(work: Work, options: argparse.Namespace) -> Row:
+def own(work: Work, caches: Caches, options: argparse.Namespace) -> Row:
     """The float graph in the form of onnxruntime's model builder, through MatMulNBitsQuantizer."""
     plain, path = work.folder / "plain.onnx", work.folder / "own.onnx"
     onnx_llama.write(plain, work.checkpoint, "fp32", every=True)
     quantize(plain, path, 4, True, 4)
-    step = decoding(session(path, options.threads), options.context, ("past.", "present."), lengths(options.context))
+    step = decoding(session(path, options.threads), caches, "past.", lengths(options.context))
     return "its own quantiser", measured(path).total, divergence(work, own_logits(work, path)), step
 
 
@@ -75,7 +85,7 @@ def lengths(context: int) -> dict[str, Array]:
     }
 
 
-def ours(work: Work, name: str, options: argparse.Namespace) -> Row:
+def ours(work: Work, name: str, caches: Caches, options: argparse.Namespace) -> Row:
     program = work.program.clone()
     OURS[name].run(program)
     program.sweep()
@@ -88,7 +98,7 @@ def ours(work: Work, name: str, options: argparse.Namespace) -> Row:
 
     given = {"past": np.array(options.context, np.int64)}
     decode = open_session(work.folder / name / "decode.onnx", options.threads)
-    step = decoding(decode, options.context, ("past_key_values.", "present."), given)
+    step = decoding(decode, caches, PAST, given)
     return f"sylvester, {name}", matrices(program), divergence(work, call), step
 
 
@@ -98,26 +108,27 @@ def matrices(program: Program) -> int:
     return sum(t.numel() * t.element_size() for key, t in program.weights.items() if key.rpartition(".")[2] in kinds)
 
 
-def decoding(current: Any, context: int, prefixes: tuple[str, str], given: dict[str, Array]) -> Callable[[], object]:
-    """A step of one token after `context`, every buffer bound."""
+def buffers(program: Program) -> Caches:
+    """Of one row, by slot: what each graph has as its past and its present, so that none is luckier in its memory."""
+    random_numbers = np.random.default_rng(0)
+    return {
+        name: random_numbers.standard_normal((1, *(int(n) for n in slot.shape[1:])), np.float32)
+        for name, slot in program.state.items()
+    }
+
+
+def decoding(current: Any, caches: Caches, prefix: str, given: dict[str, Array]) -> Callable[[], object]:
+    """A step of one token, every buffer bound."""
     binding = current.io_binding()
-    held: list[Any] = []
     for spec in current.get_inputs():
-        if not spec.name.startswith(prefixes[0]):
-            array = given.get(spec.name, np.full((1, 1), 7, np.int64))
-            binding.bind_cpu_input(spec.name, array)
-            continue
-        shape = [1 if n == 0 else n if isinstance(n, int) else context + 16 for n in (1, *spec.shape[1:])]
-        array = np.random.default_rng(0).standard_normal(shape, np.float32)
-        held.append(array)
-        for bind, name in (
-            (binding.bind_input, spec.name),
-            (binding.bind_output, prefixes[1] + spec.name.removeprefix(prefixes[0])),
-        ):
-            bind(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        if not spec.name.startswith(prefix):
+            binding.bind_cpu_input(spec.name, given.get(spec.name, np.full((1, 1), 7, np.int64)))
+    for name, array in caches.items():
+        for bind, kind in ((binding.bind_input, past_name), (binding.bind_output, present_name)):
+            bind(kind(name).replace(PAST, prefix), "cpu", 0, np.float32, array.shape, array.ctypes.data)
     binding.bind_output("logits", "cpu")
 
-    def step(_keep: list[Any] = held) -> object:
+    def step(_kept: Caches = caches) -> object:
         return current.run_with_iobinding(binding)
 
     return step
@@ -135,11 +146,13 @@ def divergence(work: Work, call: Logits) -> float:
 def interleaved(steps: list[Callable[[], object]], runs: int) -> list[list[float]]:
     """Seconds of each, in rounds of a few calls."""
     times: list[list[float]] = [[] for _ in steps]
+    order = random.Random(0)
     for _ in range(WARM):
         for step in steps:
             step()
     for _ in range(runs):
-        for step, found in zip(steps, times, strict=True):
+        for step, found in order.sample(list(zip(steps, times, strict=True)), len(steps)):
+            time.sleep(PAUSE)
             step()
             start = time.perf_counter()
             for _call in range(5):
