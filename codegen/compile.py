@@ -76,8 +76,8 @@ def compile_program(program: Program) -> Compiled:
     unit, weights, problems, fused = Unit(), {}, {}, []
     panels: Uses = {}
     for name, plan in plans(program).items():
-        hints = _hints(program.entries[name])
-        outputs = [_in_place(plan, b) for b in plan.of_kind("output")]
+        hints = hints_of(program.entries[name])
+        outputs = [in_place(plan, b) for b in plan.of_kind("output")]
         problems[name] = problems_of(plan, hints)
         add_uses(panels, plan)
         fused += fuse(plan, hints)
@@ -88,7 +88,7 @@ def compile_program(program: Program) -> Compiled:
 
 def program_problems(program: Program) -> dict[str, Counter[Problem]]:
     """What the kernels of every entry may be tuned for."""
-    found = {name: problems_of(plan, _hints(program.entries[name])) for name, plan in plans(program).items()}
+    found = {name: problems_of(plan, hints_of(program.entries[name])) for name, plan in plans(program).items()}
     return worth_tuning(found)
 
 
@@ -126,7 +126,7 @@ def _drop_unread(plan: Plan) -> None:
             del plan.buffers[buffer.name]
 
 
-def _in_place(plan: Plan, output: Buffer) -> Buffer:
+def in_place(plan: Plan, output: Buffer) -> Buffer:
     """When an output is a plain copy of an arena buffer, that buffer becomes the output and the copy is dropped."""
     copy = next(s for s in plan.steps if isinstance(s, Store) and s.buffer == output.name)
     source = _copied(plan, copy)
@@ -147,7 +147,7 @@ def _copied(plan: Plan, copy: Store) -> Buffer | None:
     return source if source.kind == "arena" and product(source.shape) == product(copy.shape) else None
 
 
-def _hints(entry: Entry) -> dict[Size, int]:
+def hints_of(entry: Entry) -> dict[Size, int]:
     """Example values of the symbols, to compare buffer sizes by."""
     hints: dict[Size, int] = {}
     for node in entry.placeholders():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -80,7 +80,10 @@ class StoredLayers:
 
 
 class Lowering:
-    """Builds the plan of one entry."""
+    """Builds the plan of one entry. `target` and `table`: what it is for, and how ops are lowered there."""
+
+    target: ClassVar[str] = "cpu"
+    table: ClassVar[Mapping[Any, Lower]] = LOWERINGS
 
     def __init__(self, name: str, program: Program, entry: Entry, layers: StoredLayers) -> None:
         self.program, self.entry, self.layers = program, entry, layers
@@ -92,7 +95,7 @@ class Lowering:
         self.opened: dict[fx.Node, Opened] = {}
 
     def run(self) -> Plan:
-        require_lowerings([self.entry])
+        require_lowerings([self.entry], self.table, self.target)
         for kind in ("input", "state"):
             for node in self.entry.placeholders(kind):
                 fact = value(node)
@@ -143,7 +146,7 @@ class Lowering:
         fact = value(node)
         described = Fact(shape_of(fact), dtype_of(fact.dtype)) if isinstance(fact, Tensor) else fact
         _require_no_bf16(node, described, (*args, *kwargs.values()))
-        result = LOWERINGS[node.target](self, described, *args, **kwargs)
+        result = self.table[node.target](self, described, *args, **kwargs)
         if isinstance(result, Lazy) and self._worth_storing(node, result):
             return self.realize(result)
         if isinstance(result, Lazy) and result.norm and len(self._readers(node)) > 1:
@@ -292,17 +295,17 @@ def _require_no_bf16(node: fx.Node, fact: Any, operands: Sequence[Any]) -> None:
         )
 
 
-def require_lowerings(entries: Iterable[Entry]) -> None:
+def require_lowerings(entries: Iterable[Entry], table: Mapping[Any, Lower] = LOWERINGS, target: str = "cpu") -> None:
     """Refuse at compile time, with every op that has no lowering and where it came from."""
     missing: dict[str, fx.Node] = {}
     for entry in entries:
         for node in entry.calls():
-            if node.target not in LOWERINGS and not isinstance(value(node), (int, torch.SymInt)):
+            if node.target not in table and not isinstance(value(node), (int, torch.SymInt)):
                 missing.setdefault(op_name(node.target), node)
     if missing:
         first = next(iter(missing.values()))
         raise Unsupported(
-            f"cpu has no lowering for {sorted(missing)}",
+            f"{target} has no lowering for {sorted(missing)}",
             at=first,
             hint="rewrite the op, or run with target='reference'",
         )

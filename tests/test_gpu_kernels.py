@@ -52,3 +52,16 @@ def test_what_triton_refuses_is_said():
 
 def test_text_has_what_it_imports_once():
     assert text("pointwise").count("def tanh(") == 1
+
+
+def test_functions_of_the_language_itself_in_both_ways():
+    summed = Kernel(
+        "import triton\nimport triton.language as tl\n\n\n@triton.jit\ndef f(x, y, B: tl.constexpr):\n"
+        "    i = tl.arange(0, B)\n    tl.store(y, tl.sum(tl.load(x + i), 0) + tl.max(tl.zeros([B], tl.float32), 0))\n",
+        "f", {"x": "*fp32", "y": "*fp32"}, {"B": 8},
+    )  # fmt: skip
+    y = torch.zeros(1)
+    for _ in range(2):
+        run(summed, (1,), x=torch.arange(8.0), y=y)
+        builds(summed, ("sm_90",))
+    assert y == 28

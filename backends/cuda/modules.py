@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -34,16 +34,19 @@ def require_triton() -> Any:
 @cache
 def load(text: str, *, interpreted: bool) -> ModuleType:
     """Triton reads the source of its functions from a file, and asks for the interpreter when they are defined."""
-    triton = require_triton()
     name = f"sv_{sha256(text.encode()).hexdigest()[:16]}_{'interpreted' if interpreted else 'compiled'}"
     path = Path(_FOLDER.name, f"{name}.py")
     path.write_text(text, encoding="utf-8")
+    return _module(name, path, interpreted=interpreted)
+
+
+def _module(name: str, path: Path, *, interpreted: bool) -> ModuleType:
+    triton = require_triton()
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    scope: AbstractContextManager[object] = triton.knobs.runtime.scope()
-    with scope:
+    with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = interpreted
         spec.loader.exec_module(module)
     return module
@@ -53,5 +56,42 @@ def interpret(kernel: Kernel, grid: tuple[int, ...], arguments: Mapping[str, Any
     """Runs a kernel on tensors of the CPU, one program after another: slow, and numbers as on a GPU but for their order
     in sums and the rounding of its own instructions."""
     function: Callable[..., Any] = getattr(load(kernel.text, interpreted=True), kernel.function)[grid]
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), _interpreted_language():
         function(**arguments, **kernel.constants, num_warps=kernel.warps, num_stages=kernel.stages)
+
+
+@contextmanager
+def _interpreted_language() -> Iterator[None]:
+    """Triton's language as its interpreter needs it, and as its compiler needs it again afterwards.
+
+    What the language defines by functions of its own, such as `tl.sum`, is taken in interpreted form; calls between
+    interpreted functions leave changes behind.
+    """
+    language = require_triton().language
+    core = language.core
+    places = (language, core, language.math, core.tensor, core.tensor_descriptor_base, core.dtype, core.condition)
+    before = [dict(vars(place)) for place in places]
+    try:
+        for name, function in _standard().items():
+            setattr(language, name, function)
+        yield
+    finally:
+        for place, values in zip(places, before, strict=True):
+            _restore(place, values)
+
+
+def _restore(place: Any, values: Mapping[str, Any]) -> None:
+    for name, value in list(vars(place).items()):
+        if name not in values:
+            delattr(place, name)
+        elif values[name] is not value:
+            setattr(place, name, values[name])
+
+
+@cache
+def _standard() -> Mapping[str, Any]:
+    triton = require_triton()
+    path = Path(triton.language.standard.__file__)
+    module = _module("triton.language.interpreted", path, interpreted=True)
+    functions = {name: value for name, value in vars(triton.language).items() if isinstance(value, triton.JITFunction)}
+    return {name: getattr(module, name) for name in functions if hasattr(module, name)}

@@ -1,0 +1,99 @@
+"""A program -> per entry the launches of kernels over buffers in one arena, and the kernels by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sylvester.codegen.compile import hints_of, in_place
+from sylvester.codegen.gpu_kernel import Kernel
+from sylvester.codegen.gpu_loops import loop_kernel
+from sylvester.codegen.gpu_lowering import GpuLowering, KernelCall
+from sylvester.codegen.index import Index, Size
+from sylvester.codegen.lazy import Buffer, Plan, Pointer, Reduce
+from sylvester.codegen.lowering import StoredLayers
+from sylvester.codegen.memory import Slot, assign, lifetimes
+from sylvester.codegen.region import Refused
+from sylvester.codegen.schedule import ExternCall, LoopNest, schedule
+from sylvester.compiler.errors import Unsupported
+from sylvester.compiler.program import Entry, Program
+
+NO_LAYERS = StoredLayers({}, {}, lambda *_: {})
+
+
+@dataclass(frozen=True)
+class ErrorFlag:
+    """The argument through which a kernel reports a position outside of memory, or a division by zero."""
+
+
+Argument = Pointer | Index | float | ErrorFlag | None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel over `grid` programs. With a `guard` it runs where the number in that buffer is not above 0."""
+
+    kernel: Kernel
+    grid: tuple[Index, ...]
+    arguments: tuple[Argument, ...]
+    guard: str = ""
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class GpuEntry:
+    """What one entry runs, in order; `outputs` are the buffers of its outputs."""
+
+    name: str
+    sizes: tuple[Size, ...]
+    buffers: Mapping[str, Buffer]
+    outputs: tuple[Buffer, ...]
+    slots: tuple[Slot, ...]
+    launches: tuple[Launch, ...]
+
+
+def gpu_entries(program: Program) -> dict[str, GpuEntry]:
+    """`Unsupported` names the ops that no kernel computes."""
+    return {name: _entry(name, program, entry) for name, entry in program.entries.items()}
+
+
+def _entry(name: str, program: Program, entry: Entry) -> GpuEntry:
+    plan = GpuLowering(name, program, entry, NO_LAYERS).run()
+    outputs = tuple(in_place(plan, b) for b in plan.of_kind("output"))
+    kernels = schedule(plan)
+    private = _numbers(plan, [k for k in kernels if isinstance(k, LoopNest)], kernels)
+    slots = assign(lifetimes(kernels, plan.buffers, private), plan.buffers, hints_of(entry))
+    launches = [_launch(kernel, plan, private) for kernel in kernels]
+    return GpuEntry(name, plan.sizes, plan.buffers, outputs, tuple(slots), tuple(launches))
+
+
+def _numbers(plan: Plan, nests: Sequence[LoopNest], kernels: Sequence[LoopNest | ExternCall]) -> set[str]:
+    """Results of reductions to one number a row that only their nest touches: those stay in registers."""
+    touched: dict[str, int] = {}
+    for kernel in kernels:
+        for name in kernel.reads | kernel.writes:
+            touched[name] = touched.get(name, 0) + 1
+    members = [m for nest in nests for m in nest.members if isinstance(m.step, Reduce) and not m.extra]
+    return {
+        m.step.buffer for m in members if touched[m.step.buffer] == 1 and plan.buffers[m.step.buffer].kind == "arena"
+    }
+
+
+def _launch(kernel: LoopNest | ExternCall, plan: Plan, private: set[str]) -> Launch:
+    if isinstance(kernel, ExternCall):
+        step = kernel.step
+        if not isinstance(step, KernelCall) or step.kernel is None:
+            raise Unsupported(
+                f"cuda has no kernel for {step.label or step.function}",
+                hint="compile with target='cpu', or run with target='reference'",
+            )
+        return Launch(step.kernel, step.grid, tuple(step.arguments), step.guard, step.label)  # type: ignore[arg-type]
+    label = "; ".join(dict.fromkeys(m.step.label for m in kernel.members if m.step.label))
+    try:
+        made = loop_kernel(kernel, plan.buffers, private)
+    except Refused as cause:
+        raise Unsupported(f"cuda has no form for {cause} in {label}", hint="compile with target='cpu'") from cause
+    pointers = [Pointer(name, Index(()), plan.buffers[name].dtype) for name in made.buffers]
+    sizes = [Index((((size,), 1),)) for size in made.sizes]
+    flag = [ErrorFlag()] if made.checks else []
+    return Launch(made.kernel, (made.grid,), (*pointers, *sizes, *flag), kernel.guard, label)
