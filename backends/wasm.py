@@ -17,7 +17,7 @@ from sylvester.backends.shards import write_shards
 from sylvester.backends.signature import manifest
 from sylvester.backends.toolchain import Compiler, build_shared, find_compiler, version
 from sylvester.backends.web_bundle import write_bundle
-from sylvester.backends.web_tokenizer import available
+from sylvester.backends.web_tokenizer import PACKAGE as TOKENIZER
 from sylvester.backends.web_tuning import candidate_modules, write_problems
 from sylvester.codegen.compile import Compiled, compile_program
 from sylvester.codegen.isa import WASM, Isa, of, variants
@@ -40,7 +40,7 @@ class Wasm(Backend):
     name: ClassVar[str] = "wasm"
 
     def identity(self, target: Target) -> tuple[str, ...] | None:
-        return ("wasm", version(_compiler()), *(["text"] if available() else []))
+        return ("wasm", version(_compiler()), *(["text"] if TOKENIZER.available() else []))
 
     def build(self, program: Program, target: Target, folder: Path, progress: Progress) -> Manifest:
         require_float32(program)

