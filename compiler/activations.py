@@ -50,10 +50,15 @@ def peak_to_rms(xs: Sequence[Tensor]) -> float:
     return max(float(x.abs().max()) for x in xs) / max(rms, TINY)
 
 
+def matrix(x: Tensor) -> Tensor:
+    """x [..., k] as rows [rows, k]; a vector is one row."""
+    return x.flatten(0, -2) if x.ndim > 1 else x[None]
+
+
 def leading_rows(xs: Sequence[Tensor]) -> list[Tensor]:
     """Some rows [rows, k] of every sample."""
     each = max(1, ROWS_COMPARED // max(1, len(xs)))
-    return [x.flatten(0, -2)[:each] for x in xs]
+    return [matrix(x)[:each] for x in xs]
 
 
 def output_sqnr(rows: Sequence[Tensor], rounded: Sequence[Tensor], weight: Tensor, stored: Tensor) -> float:

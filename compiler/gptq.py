@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sylvester.compiler.activations import matrix
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.quantization import Grid, Rounded, Scaling, require_format, round_weight
 
@@ -30,7 +31,7 @@ class Hessian:
         self.sum = torch.zeros((depth, depth), dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
-        for rows in x.detach().flatten(0, -2).float().split(ROWS_AT_ONCE):
+        for rows in matrix(x).detach().float().split(ROWS_AT_ONCE):
             self.sum.add_(rows.T @ rows, alpha=2)
 
     def prepared(self) -> Prepared:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sylvester.compiler.activations import matrix
 from sylvester.compiler.calls import arguments
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.next_token import empty_state
@@ -66,7 +67,7 @@ class Watch(fx.Interpreter):
         found = super().run_node(n)
         node = self.watched.get(n.name)
         if node is not None:
-            for rows in found.detach().flatten(0, -2).float().split(ROWS_AT_ONCE):
+            for rows in matrix(found).detach().float().split(ROWS_AT_ONCE):
                 self.sums[node] = self.sums.get(node, 0) + (rows.T @ rows).double()
                 self.rows[node] = self.rows.get(node, 0) + len(rows)
         return found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from sylvester.compiler.activations import matrix
 from sylvester.compiler.calibration import Sample
 from sylvester.compiler.changes import Changes
 from sylvester.compiler.program import Program
@@ -128,9 +129,9 @@ class _Seen:
     def gate(site: Site, walk: Walk, by_channel: bool) -> _Seen:
         assert site.gated is not None
         gates, ups = walk.values(site.gated.args[0]), walk.values(site.up)  # type: ignore[arg-type]
-        squares = torch.stack([u.double().flatten(0, -2).square().sum(0) for u in ups]).sum(0)
+        squares = torch.stack([matrix(u.double()).square().sum(0) for u in ups]).sum(0)
         opened = [ACTIVATIONS[site.activation](rows) for rows in _spread(gates)]
-        count = sum(u.flatten(0, -2).shape[0] for u in ups)
+        count = sum(len(matrix(u)) for u in ups)
         return _Seen(torch.cat(opened), squares if by_channel else torch.full_like(squares, count), count)
 
     @staticmethod

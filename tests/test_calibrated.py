@@ -340,3 +340,15 @@ def test_both_numbers_and_scales_without_data_are_those_of_the_weight_alone() ->
     numbers, scales = round_weight(made.weights["b"], 4, 32)
     assert after.weights["b.int4"].equal(numbers)
     assert after.weights["b.scales"].equal(scales)
+
+
+@pytest.mark.parametrize("step", [Quantize(16), Quantize(8), Quantize(4, method="gptq")])
+def test_a_layer_may_read_a_vector(step: Quantize) -> None:
+    made = program(F.linear, torch.randn(64), weights={"a": torch.randn(48, 64) / 8})
+    made.calibration = Calibration(tuple({"x0": torch.randn(64)} for _ in range(4)))
+    after, _ = quantized(made, step)
+    x = {"x0": torch.randn(64)}
+    before, found = (p.run("forward", x)["y0"] for p in (made, after))
+
+    assert found.shape == (48,)
+    assert float((found - before).norm() / before.norm()) < (0.02 if step.weights > 4 else 0.3)
