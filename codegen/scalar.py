@@ -137,7 +137,8 @@ def cast(value: Expr, dtype: str) -> Expr:
     if value.dtype == dtype:
         return value
     if isinstance(value, Constant):
-        return Constant(float(value.value) if dtype in FLOATS else int(value.value), dtype)
+        number = float(value.value) if dtype in FLOATS else int(value.value != 0) if dtype == "b8" else int(value.value)
+        return Constant(number, dtype)
     return Call("cast", (value,), dtype)
 
 
