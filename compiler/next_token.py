@@ -53,16 +53,17 @@ def _scores(entry: Entry) -> str | None:
 
 
 def table_rows(entry: Entry, name: str) -> int | None:
-    """Rows of the smallest table that an input of ids is looked up in; None when no look-up is found."""
-    found = []
+    """Rows of the smallest table that an input of ids is looked up in; None when no table of a known size is found."""
+    found: list[int] = []
     for node in entry.placeholders("input"):
         users = node.users if binding(node).key == name else ()
-        found += [_rows(user) for user in users if user.target is aten.embedding.default and user.args[1] is node]
+        looked_up = [u for u in users if u.target is aten.embedding.default and u.args[1] is node]
+        found += [rows for user in looked_up if isinstance(rows := _rows(user), int)]
     return min(found, default=None)
 
 
-def _rows(embedding: fx.Node) -> int:
-    return int(value(cast(fx.Node, embedding.args[0])).shape[0])
+def _rows(embedding: fx.Node) -> Any:
+    return value(cast(fx.Node, embedding.args[0])).shape[0]
 
 
 def run(program: Program, sample: Sample, prompt: int = 0) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sylvester.backends.onnx.builder import TRANSLATIONS
 from sylvester.codegen.lowering import LOWERINGS
 from sylvester.compiler.program import value
 from tests.fuzz import graphs
@@ -18,12 +19,13 @@ from tests.fuzz.graphs import Graph, Model, Ref, Size, Source, Step, build
 from tests.fuzz.grow import Growth, Rejected, grow, require_sound
 from tests.fuzz.known import FINITE_ONLY, KNOWN
 from tests.fuzz.native import refusal
+from tests.fuzz.onnx import KINDS
 from tests.fuzz.records import lowered, records
 from tests.fuzz.shrink import shrink
 from tests.fuzz.values import Mismatch, expected
 from tests.sampling import SIZES, Sample
 
-aten = torch.ops.aten
+aten, dialect = torch.ops.aten, torch.ops.sylvester
 QUICK = Options(seed=0, bundle=12, trace_every=6, passes=4, shrinking=20)
 
 
@@ -48,6 +50,7 @@ def test_a_short_campaign_finds_nothing() -> None:
     assert campaign.graphs >= 0.9 * QUICK.bundle
     assert len(campaign.ops) > 60
     assert campaign.counts["checks: native"] > 1.5 * QUICK.bundle
+    assert campaign.counts["onnx standard: run"] == campaign.counts["onnx ort: run"] > QUICK.bundle
 
 
 def test_a_seed_stands_for_its_graphs() -> None:
@@ -83,6 +86,23 @@ def test_a_planted_error_of_a_kernel_is_found_and_shrunk(monkeypatch: pytest.Mon
         replay("native", product())
     monkeypatch.setitem(LOWERINGS, aten.mul.Tensor, plain)
     replay("native", product())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_planted_error_of_an_onnx_form_is_found(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    replay(f"onnx-{kind}", product())
+    wrong = {**TRANSLATIONS, aten.mul.Tensor: TRANSLATIONS[aten.add.Tensor]}
+    monkeypatch.setattr("sylvester.backends.onnx.translate.TRANSLATIONS", wrong)
+    with pytest.raises(Mismatch, match=f"onnx {kind}, turn 0"):
+        replay(f"onnx-{kind}", product())
+
+
+def test_caches_and_weights_of_few_bits_are_met() -> None:
+    """What makes them is read by something, or no output would need them."""
+    rare = {dialect.kv_update_q.default, dialect.dequantize_w4.default}
+    found = {step.target for number in range(150) for step in grow(Random(f"7:{number}")).steps}
+
+    assert rare <= found
 
 
 def test_shrinking_leaves_the_call_at_fault() -> None:

@@ -16,6 +16,7 @@ from sylvester.compiler.errors import Unsupported
 from sylvester.compiler.progress import silent
 from sylvester.compiler.target import Target
 from tests import aten_program
+from tests.fuzz.onnx import EXTREMA
 from tests.sampling import SIZES, Case
 from tests.test_backends import ALL, DIALECT, KEPT_WIDER, RELATIVE, check, drawn, inputs
 
@@ -40,13 +41,6 @@ OLD = {
 }  # fmt: skip
 """Ops that are written out below the opset that has them."""
 KINDS = {"standard": {"ops": "standard"}, "ort": {"ops": "ort"}, "opset 18": {"opset": 18}, "opset 23": {"opset": 23}}
-
-
-EXTREMA = {
-    aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim, aten.argmax.default, aten.argmin.default,
-    aten.max_pool1d.default, aten.max_pool2d.default, aten.adaptive_max_pool2d.default,
-}  # fmt: skip
-"""Ops that pass over NaN in onnxruntime."""
 
 
 def has_form(case: Case) -> bool:

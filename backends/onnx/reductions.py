@@ -197,7 +197,8 @@ def layer_norm(
     b: Builder, fact: Tensor, x: Operand, shape: Sequence[int], weight: Operand | None = None,
     bias: Operand | None = None, eps: float = 1e-5, *_: Any,
 ) -> ir.Value:  # fmt: skip
-    scale = b.constant(np.ones(shape, np.float32)) if weight is None else weight.value
+    ones = None if weight is not None else b.call("Expand", b.number(1.0, fact.dtype), b.shape(x.shape[-len(shape) :]))
+    scale = ones if weight is None else weight.value
     shift = None if bias is None else bias.value
     return b.call("LayerNormalization", x.value, scale, shift, axis=-len(shape), epsilon=eps)
 

@@ -15,7 +15,8 @@ from sylvester.compiler.program import Program
 from tests.fuzz.graphs import Case, Graph, build
 from tests.fuzz.grow import grow
 from tests.fuzz.known import known
-from tests.fuzz.native import Bundle, check_bundle, refusal
+from tests.fuzz.native import Bundle, Failures, check_bundle, refusal
+from tests.fuzz.onnx import KINDS, check_onnx
 from tests.fuzz.oracles import EXACT, ORACLES, check_pass, passes, rewritten
 from tests.fuzz.records import lowered, records
 from tests.fuzz.shrink import shrink
@@ -23,6 +24,7 @@ from tests.kernel_harness import supported
 
 LOSSY = ("w8a8", "w4a8", "w4a16", "bf16", "quantize(weights=3, group=32)", "quantize-attention(products='bf16')")
 """What graphs become, in turn, before their native code is built, besides themselves and their exact form."""
+BACKENDS = ("native", *(f"onnx-{kind}" for kind in KINDS))
 SHRINKING = 60.0
 
 
@@ -142,20 +144,24 @@ class Campaign:
         if not bundle.cases:
             return
         self.counts["checks: native"] += len(bundle.cases)
-        for name, error in check_bundle(bundle, best_isas(), wasm=self.options.wasm).items():
-            number, graph, text = owners[name]
-            oracle = f"native {text}".strip()
-            self._keep(number, graph, oracle, error, lambda g, t=text, o=oracle: _kind(o, self.native_error(g, t)))
+        for kind in BACKENDS:
+            for name, error in self.failures_of(kind, bundle).items():
+                number, graph, text = owners[name]
+                oracle = f"{kind} {text}".strip()
+                again = lambda g, k=kind, t=text, o=oracle: _kind(o, self.backend_error(k, g, t))  # noqa: E731
+                self._keep(number, graph, oracle, error, again)
 
-    def native_error(self, graph: Graph, text: str) -> Exception | None:
+    def failures_of(self, kind: str, bundle: Bundle) -> Failures:
+        """What a kind of backend gets wrong, by entry."""
+        if kind == "native":
+            return check_bundle(bundle, best_isas(), wasm=self.options.wasm)
+        return check_onnx(bundle, kind.partition("-")[2], self.counts)
+
+    def backend_error(self, kind: str, graph: Graph, text: str) -> Exception | None:
         """What the backends get wrong of a graph after passes."""
         bundle = Bundle()
         self._adding(bundle, "g", text)(build(graph))
-        return (
-            next(iter(check_bundle(bundle, best_isas(), wasm=self.options.wasm).values()), None)
-            if bundle.cases
-            else None
-        )
+        return next(iter(self.failures_of(kind, bundle).values()), None) if bundle.cases else None
 
     def _keep(self, number: int, graph: Graph, oracle: str, error: Exception, again: Callable[[Graph], str]) -> None:
         kind, message = _kind(oracle, error), _message(error)
@@ -226,5 +232,5 @@ def replay(oracle: str, graph: Graph) -> None:
         ORACLES[kind](case, campaign.counts)
     elif kind == "pass":
         check_pass(text)(case, campaign.counts)
-    elif (error := campaign.native_error(graph, text)) is not None:
+    elif (error := campaign.backend_error(kind if kind in BACKENDS else "native", graph, text)) is not None:
         raise error

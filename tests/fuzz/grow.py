@@ -243,6 +243,8 @@ class _Operands:
             self.sizes.setdefault(n, self._drawn(n))
         made = replace(sample, shape=tuple(source_size(self.sizes[n]) for n in sample.shape))
         self.first = self.first or tuple(map(named, made.shape))
+        if made.weight and {"n", "m"} & set(made.shape):
+            raise Rejected("a weight has one size")
         weight = made.weight or (self.random.random() < 0.3 and "n" not in made.shape and "m" not in made.shape)
         return replace(made, weight=weight)
 

@@ -127,13 +127,13 @@ def _run(bundle: Bundle, engine: cpu_runtime.Engine | reference.ReferenceRunner,
     for name, turn, inputs, wanted in bundle.calls():
         try:
             found = engine.run(name, inputs)
-            _require(found, wanted, f"{where}, turn {turn}")
+            require(found, wanted, f"{where}, turn {turn}")
         except (Mismatch, CompileError) as error:
             failures.setdefault(name, error)
     return failures
 
 
-def _require(found: Mapping[str, np.ndarray], wanted: Mapping[str, Expected], where: str) -> None:
+def require(found: Mapping[str, np.ndarray], wanted: Mapping[str, Expected], where: str) -> None:
     for key, want in wanted.items():
         want.require(torch.from_numpy(np.array(found[key])), f"{where}, output {key}")
 
@@ -158,7 +158,7 @@ def _on_wasm(bundle: Bundle, path: Path) -> Failures:
         try:
             if code:
                 raise Mismatch(f"wasm, turn {turn}: the plan ended with {code}")
-            _require(results, wanted, f"wasm, turn {turn}")
+            require(results, wanted, f"wasm, turn {turn}")
         except Mismatch as error:
             failures.setdefault(name, error)
     return failures

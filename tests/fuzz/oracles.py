@@ -33,6 +33,8 @@ OPTIONS = (
     "share-blocks(groups=((0, 1),))",
 )
 """Passes as a user writes them, besides every registered pass with its defaults."""
+MIXING = ("rotate-hadamard",)
+"""Passes that keep finite values only: rotated, an infinity spoils every feature of its row."""
 Oracle = Callable[[Case, Counter[str]], None]
 
 
@@ -204,9 +206,16 @@ def _applied(step: Pass, program: Program) -> Program:
         raise Mismatch(f"{step} takes the program and fails: {error}") from error
 
 
+def _finite(case: Case, turn: int) -> bool:
+    values = case.graph.run(case.graph.tensors(turn))
+    return all(bool(x.isfinite().all()) for x in values if isinstance(x, Tensor) and x.is_floating_point())
+
+
 def _check_contract(case: Case, after: Program, done: Sequence[Pass], text: str) -> None:
     for turn in case.turns:
         inputs = case.inputs(turn)
+        if any(p.name in MIXING for p in done) and not _finite(case, turn):
+            continue
         if all(p.contract == "exact" for p in done):
             _compare(after, case, turn, f"{text}, turn {turn}")
             continue

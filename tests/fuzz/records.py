@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, fx
 import sylvester.passes
 from sylvester.codegen import compile as _registered  # noqa: F401  (registers the lowerings)
 from sylvester.codegen.lowering import LOWERINGS
-from sylvester.compiler.ops import OPS, Example
+from sylvester.compiler.ops import OPS, Example, Ints, Records, Stored
 from sylvester.compiler.pattern import trace
 from sylvester.compiler.rewrite import Rule
 from tests.aten_cases import CASES
@@ -111,7 +111,35 @@ MOTIFS = (
 """Parts of transformers, which calls drawn one by one hardly ever make."""
 
 
+def _stored_motif(name: str, samples: Iterable[Any], *calls: tuple[Any, ...]) -> Record:
+    """Calls over examples as ops declare them, for what tracing shapes alone cannot make."""
+    made = tuple(s for s in map(sample, samples) if isinstance(s, Sample))
+    return Record(f"motif {name}", made, tuple(Step(target, tuple(args), {}) for target, *args in calls))
+
+
+def _caches(bits: int) -> Record:
+    """Queries, two caches of records, their new rows, and how many rows they hold."""
+    shape, new, past = (2, 2, 16, 8), (2, 2, 3, 8), Ref(5)
+    samples = ((2, 4, 3, 8), Records(shape, bits), Records(shape, bits), new, new, Ints((), 13))
+    write, read = dialect.kv_update_q.default, dialect.attention_q.default
+    return _stored_motif(
+        f"cache of {bits} bits",
+        samples,
+        (write, Ref(1), Ref(3), past, bits),
+        (write, Ref(2), Ref(4), past, bits),
+        (read, Ref(0), Ref(6), Ref(7), None, past, 0.35, True, 0, 0.0, bits),
+    )
+
+
+def _widened() -> Record:
+    """A layer whose weight of 4 bits is made float."""
+    samples = ((2, 3, 32), Stored((37, 16), torch.uint8), Stored((37, 1)))
+    widen = (dialect.dequantize_w4.default, Ref(1), Ref(2))
+    return _stored_motif("widened", samples, widen, (torch.ops.aten.linear.default, Ref(0), Ref(3)))
+
+
 def _motifs() -> Iterator[Record]:
+    yield from (_caches(8), _caches(4), _widened())
     for function, samples in MOTIFS:
         example: Example = tuple(s.shape for s in samples)
         yield motif(f"motif {function.__name__}", trace(function, example), list(samples))

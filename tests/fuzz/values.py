@@ -16,13 +16,14 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from sylvester.compiler.program import Program, binding
+from tests.fuzz.rounding import SHARES, moves
 
 NOISE, PAIRS, FACTOR, FLOOR = 2.0**-21, 2, 20, 1e-5
 LARGEST, SMALLEST = 1e30, 1e-30
 """Beyond and below these float32 may overflow or lose the number; it counts as noise whether it is 0."""
-dialect = torch.ops.sylvester
-COARSE = {dialect.linear_bf16.default: 4e-2, dialect.attention_bf16.default: 8e-2, dialect.attention_int8.default: 2e-1}
-"""Ops that round operands, which instruction sets may leave out: how far of the largest value that moves the result."""
+
+
+CANCELS = {torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor}
 
 
 class Mismatch(AssertionError):
@@ -57,8 +58,9 @@ class Expected:
 class _Wide(fx.Interpreter):
     """A graph in float64; a `seed` adds noise, and the negative seed that noise with the other sign."""
 
-    def __init__(self, module: fx.GraphModule, seed: int) -> None:
+    def __init__(self, module: fx.GraphModule, seed: int, shares: Mapping[Any, float]) -> None:
         super().__init__(module)
+        self.shares = shares
         self.side = 1 if seed > 0 else -1
         self.random = torch.Generator().manual_seed(abs(seed)) if seed else None
 
@@ -73,7 +75,13 @@ class _Wide(fx.Interpreter):
         args, kwargs = pytree.tree_map(self._literal, (args, kwargs))
         result = super().call_function(target, args, kwargs)
         given = {t.untyped_storage().data_ptr() for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        return pytree.tree_map(lambda x: self._moved(x, target, given), result)
+        result = pytree.tree_map(lambda x: self._moved(x, given), result)
+        if target in CANCELS and self.random is not None and self.side > 0:
+            result = self._cancelled(result, args)
+        if self.random is None or not isinstance(result, Tensor) or not result.numel():
+            return result
+        most = moves(target, args, kwargs, result, self.shares)
+        return result if most is None else result + most / FACTOR * self._signs(result.shape).sign()
 
     def _literal(self, x: Any) -> Any:
         """float64 for float32; numbers that float32 rounds move as well."""
@@ -88,7 +96,15 @@ class _Wide(fx.Interpreter):
         drawn = torch.rand(shape, generator=self.random, dtype=torch.float64) * 2 - 1
         return self.side * (drawn + 0.5 * drawn.sign())
 
-    def _moved(self, x: Any, target: Any, given: set[int]) -> Any:
+    def _cancelled(self, x: Any, args: tuple[Any, ...]) -> Any:
+        """0 for what is left of larger numbers and as small as their rounding: float32 may lose all of it."""
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        largest = [a.abs() if isinstance(a, Tensor) else torch.tensor(abs(float(a))) for a in args[:2]]
+        rounding = NOISE * torch.maximum(*(a.double().broadcast_to(x.shape) for a in largest))
+        return torch.where(x.abs() <= rounding, 0.0, x)
+
+    def _moved(self, x: Any, given: set[int]) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.bfloat16:
             return x
         y = x.double()
@@ -96,15 +112,13 @@ class _Wide(fx.Interpreter):
             return y
         y = torch.where(y.abs() < SMALLEST, 0.0, y)
         inexact = y.isfinite() & (y != y.float().double())
-        y = torch.where(inexact, y * (1 + NOISE * self._signs(y.shape)), y)
-        if target in COARSE:
-            largest = float(y.abs().nan_to_num(0.0, 0.0, 0.0).max())
-            y = y + COARSE[target] / FACTOR * largest * self._signs(y.shape).sign()
-        return y
+        return torch.where(inexact, y * (1 + NOISE * self._signs(y.shape)), y)
 
 
-def expected(program: Program, inputs: Mapping[str, Tensor], entry: str = "forward") -> dict[str, Expected]:
-    """What the outputs should be."""
+def expected(
+    program: Program, inputs: Mapping[str, Tensor], entry: str = "forward", shares: Mapping[Any, float] = SHARES
+) -> dict[str, Expected]:
+    """What the outputs should be; `shares` says how far some ops may be off, of their largest value."""
     chosen = program.entries[entry]
     module = fx.GraphModule(torch.nn.Module(), chosen.graph)
     sources: dict[str, Mapping[str, Tensor]] = {"input": inputs, "weight": program.weights}
@@ -113,7 +127,7 @@ def expected(program: Program, inputs: Mapping[str, Tensor], entry: str = "forwa
     wide = [t.double() if t.dtype == torch.float32 else t for t in given]
     seeds = [0, *(side * (k + 1) for k in range(PAIRS) for side in (1, -1))]
     with torch.no_grad():
-        exact, *noisy = (_Wide(module, seed).run(*wide) for seed in seeds)
+        exact, *noisy = (_Wide(module, seed, shares).run(*wide) for seed in seeds)
     return {
         output.name: _expected(exact[k], [run[k] for run in noisy], plain[output.name].dtype)
         for k, output in enumerate(chosen.outputs)
