@@ -55,7 +55,7 @@ def attention(
     stored = records or k.dtype
     name += "" if stored == "f32" else f"_{stored}"
     name += "" if blocks is None else "_listed"
-    q, k, v = (_repeated(x, fact.shape[0]) for x in (q, k, v))
+    q, k, v = _repeated(q, *fact.shape[:2]), *(_repeated(x, fact.shape[0]) for x in (k, v))
     if k.shape[1] != v.shape[1]:
         k, v = (_repeated(x, *fact.shape[:2]) for x in (k, v))
     views = [unit_last(lowering, x) for x in (q, k, v)]
