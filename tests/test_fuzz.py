@@ -14,7 +14,7 @@ from sylvester.backends.onnx.builder import TRANSLATIONS
 from sylvester.codegen.lowering import LOWERINGS
 from sylvester.compiler.program import value
 from tests.fuzz import graphs
-from tests.fuzz.campaign import Campaign, Options, replay
+from tests.fuzz.campaign import Campaign, Options, checked, replay
 from tests.fuzz.graphs import Graph, Model, Ref, Size, Source, Step, build
 from tests.fuzz.grow import Growth, Rejected, grow, require_sound
 from tests.fuzz.known import FINITE_ONLY, KNOWN
@@ -140,6 +140,12 @@ def test_what_rounding_decides_is_not_compared() -> None:
     floor.require((floor.exact - 1).float(), "floor")
     with pytest.raises(Mismatch, match="15 of 15 elements differ"):
         sure.require(sure.exact - 1, "sum")
+
+
+def test_a_check_that_fixes_a_size_fails() -> None:
+    case = build(product())
+    with pytest.raises(Mismatch, match="sizes were fixed"):
+        checked(lambda given: int(value(given.entry.placeholders("input")[0]).shape[0]), case)
 
 
 def test_calls_that_nothing_defines_are_rejected() -> None:

@@ -39,6 +39,38 @@ def test_rounding_may_take_all_that_a_sum_leaves() -> None:
     replay("meaning", Graph((x, *steps, Step(aten.count_nonzero.default, (Ref(2),), {})), (3,)))
 
 
+def test_rounding_may_pass_a_threshold() -> None:
+    """A sum just below 0.1 is clamped to 0.1, unless bfloat16 takes it above: no small move tells."""
+    x = Source(Sample(("n", "m", 6), low=-9, high=10), 2237)
+    bias = Source(Sample((37,), kind="short", weight=True, dtype=torch.float32), 3942)
+    weight = Source(Sample((37, 6), kind="short", weight=True, dtype=torch.bfloat16), 7606)
+    layer = Step(torch.ops.sylvester.linear_bf16.default, (Ref(0), Ref(2), Ref(1)), {})
+
+    replay("native", Graph((x, bias, weight, layer, Step(aten.clamp_min.default, (Ref(3), 0.1), {})), (4,)))
+
+
+@pytest.mark.parametrize("kind", ["native", *(f"onnx-{kind}" for kind in KINDS)])
+def test_errors_of_one_row_belong_together(kind: str) -> None:
+    """All outputs of a layer read the same rounded row: their variance moves by more than independent errors do."""
+    weight = Source(Sample((16, 8), kind="short", weight=True, dtype=torch.bfloat16), 5828)
+    steps = (
+        Step(aten.sin.default, (Ref(0),), {}),
+        Step(aten.softplus.default, (Ref(2),), {}),
+        Step(torch.ops.sylvester.linear_bf16.default, (Ref(3), Ref(1), None), {}),
+        Step(aten.var.default, (Ref(4), False), {}),
+    )
+
+    replay(kind, Graph((Source(Sample((1, 8)), 3975), weight, *steps), (5,)))
+
+
+def test_queries_of_one_head_meet_every_head_of_the_keys() -> None:
+    """Compiled code divided by the heads of q over those of k, which is 0."""
+    q, k = Source(Sample((2, 1, 3, 8)), 1), Source(Sample((2, 4, 5, 8)), 2)
+    call = Step(torch.ops.sylvester.attention.default, (Ref(0), Ref(1), Ref(1), None, None, 0.35, False, 0), {})
+
+    replay("native", Graph((q, k, call), (2,)))
+
+
 def test_a_rotation_is_held_to_finite_values_only() -> None:
     x, weight = Source(Sample(("n", 32, 2), kind="edges"), 9693), Source(Sample((6, 2), weight=True), 8534)
     steps = (Step(aten.round.default, (Ref(0),), {}), Step(aten.linear.default, (Ref(2), Ref(1)), {}))

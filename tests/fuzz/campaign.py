@@ -20,6 +20,7 @@ from tests.fuzz.onnx import KINDS, check_onnx
 from tests.fuzz.oracles import EXACT, ORACLES, check_pass, passes, rewritten
 from tests.fuzz.records import lowered, records
 from tests.fuzz.shrink import shrink
+from tests.fuzz.values import Mismatch
 from tests.kernel_harness import supported
 
 LOSSY = ("w8a8", "w4a8", "w4a16", "bf16", "quantize(weights=3, group=32)", "quantize-attention(products='bf16')")
@@ -134,9 +135,9 @@ class Campaign:
         """Whether the check holds; a new kind of failure is shrunk and kept."""
         self.counts[f"checks: {oracle}"] += 1
         try:
-            check(case or build(graph))
+            checked(check, case or build(graph))
         except Exception as error:
-            self._keep(number, graph, oracle, error, lambda g: _kind(oracle, _error(lambda: check(build(g)))))
+            self._keep(number, graph, oracle, error, lambda g: _kind(oracle, _error(lambda: checked(check, build(g)))))
             return False
         return True
 
@@ -184,6 +185,14 @@ class Campaign:
         }  # fmt: skip
 
 
+def checked(check: Callable[[Case], None], case: Case) -> None:
+    """The check holds, and fixes no size that may change from call to call."""
+    before = case.settled
+    check(case)
+    if new := {symbol: size for symbol, size in case.settled.items() if before.get(symbol) != size}:
+        raise Mismatch(f"sizes were fixed: {new}")
+
+
 def best_isas() -> tuple[str, ...]:
     """The instruction set that every machine has, and the best of this one."""
     return tuple(dict.fromkeys((supported()[0].name, supported("bf16", "q8", "q4")[-1].name)))
@@ -229,8 +238,8 @@ def replay(oracle: str, graph: Graph) -> None:
     kind, _, text = oracle.partition(" ")
     campaign, case = Campaign(Options()), build(graph)
     if kind in ORACLES:
-        ORACLES[kind](case, campaign.counts)
+        checked(lambda given: ORACLES[kind](given, campaign.counts), case)
     elif kind == "pass":
-        check_pass(text)(case, campaign.counts)
+        checked(lambda given: check_pass(text)(given, campaign.counts), case)
     elif (error := campaign.backend_error(kind if kind in BACKENDS else "native", graph, text)) is not None:
         raise error

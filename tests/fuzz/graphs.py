@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
@@ -185,6 +185,13 @@ class Case:
     @cached_property
     def entry(self) -> Entry:
         return self.program.main
+
+    @property
+    def settled(self) -> dict[str, str]:
+        """Symbolic sizes that were fixed, or found to be equal to others."""
+        facts = [f for node in self.entry.graph.nodes if isinstance(f := node.meta.get("val"), FakeTensor)]
+        environment = facts[0].fake_mode.shape_env if facts else None
+        return {} if environment is None else {str(k): str(v) for k, v in environment.replacements.items()}
 
     def inputs(self, turn: int) -> dict[str, Tensor]:
         graph = self.graph

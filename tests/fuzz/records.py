@@ -71,7 +71,7 @@ def _plain(tree: Any) -> Any:
 def _rules() -> Iterator[Record]:
     for module in pkgutil.iter_modules(sylvester.passes.__path__):
         importlib.import_module(f"sylvester.passes.{module.name}")
-    for rule in Rule.__subclasses__():
+    for rule in sorted(Rule.__subclasses__(), key=lambda rule: (rule.__module__, rule.__qualname__)):
         if rule.__module__.startswith("sylvester.passes"):
             yield from _forms(rule)
 
@@ -147,12 +147,15 @@ def _motifs() -> Iterator[Record]:
 
 @cache
 def records() -> dict[str, tuple[Record, ...]]:
-    """All records by what they call: a name is drawn first, so that ops with many records weigh no more."""
+    """All records by what they call, in an order that no import decides.
+
+    A name is drawn first, so that ops with many records weigh no more.
+    """
     found: dict[str, list[Record]] = {}
     examples = (Case(op.target, tuple(map(sample, e))) for op in OPS.values() for e in op.examples)
     for made in itertools.chain(map(record, (*CASES, *examples)), _rules(), _motifs()):
         found.setdefault(made.name, []).append(made)
-    return {name: tuple(made) for name, made in found.items()}
+    return {name: tuple(found[name]) for name in sorted(found)}
 
 
 def lowered() -> set[Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sylvester.compiler.attention_operands import with_blocks, with_shared
@@ -59,6 +60,12 @@ BOUNDS: Mapping[Any, Callable[..., Tensor]] = {
     dialect.linear_bf16.default: linear,
     dialect.attention_bf16.default: attention,
 }
+EXACT: Mapping[Any, Callable[..., Tensor]] = {
+    dialect.linear_bf16.default: lambda x, weight, bias=None: F.linear(x, weight.to(x.dtype), bias),
+    dialect.attention_bf16.default: dialect.attention.default,
+    dialect.attention_int8.default: dialect.attention.default,
+}
+"""What a backend computes that rounds nothing: the errors of its results belong together, unlike noise."""
 SHARES: Mapping[Any, float] = {dialect.attention_int8.default: 2e-1}
 """How far of the largest value attention in int8 moves its result: its steps depend on the tiles of a kernel."""
 

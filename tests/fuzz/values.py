@@ -16,9 +16,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from sylvester.compiler.program import Program, binding
-from tests.fuzz.rounding import SHARES, moves
+from tests.fuzz.rounding import BOUNDS, EXACT, SHARES, moves
 
-NOISE, PAIRS, FACTOR, FLOOR = 2.0**-21, 2, 20, 1e-5
+NOISE, PAIRS, FACTOR, WHOLE, FLOOR = 2.0**-21, 2, 20, 1.5, 1e-5
 LARGEST, SMALLEST = 1e30, 1e-30
 """Beyond and below these float32 may overflow or lose the number; it counts as noise whether it is 0."""
 
@@ -56,11 +56,17 @@ class Expected:
 
 
 class _Wide(fx.Interpreter):
-    """A graph in float64; a `seed` adds noise, and the negative seed that noise with the other sign."""
+    """A graph in float64; a `seed` adds noise, and the negative seed that noise with the other sign.
 
-    def __init__(self, module: fx.GraphModule, seed: int, shares: Mapping[Any, float]) -> None:
+    `part` is how much of what rounding operands may move is added where an op leaves that to the backend; 0 leaves the
+    rounding out.
+    """
+
+    def __init__(
+        self, module: fx.GraphModule, seed: int, shares: Mapping[Any, float], part: float = 1 / FACTOR
+    ) -> None:
         super().__init__(module)
-        self.shares = shares
+        self.shares, self.part = shares, part
         self.side = 1 if seed > 0 else -1
         self.random = torch.Generator().manual_seed(abs(seed)) if seed else None
 
@@ -73,7 +79,8 @@ class _Wide(fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = pytree.tree_map(self._literal, (args, kwargs))
-        result = super().call_function(target, args, kwargs)
+        called = target if self.part else EXACT.get(target, target)
+        result = super().call_function(called, args, kwargs)
         given = {t.untyped_storage().data_ptr() for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = pytree.tree_map(lambda x: self._moved(x, given), result)
         if target in CANCELS and self.random is not None and self.side > 0:
@@ -81,7 +88,7 @@ class _Wide(fx.Interpreter):
         if self.random is None or not isinstance(result, Tensor) or not result.numel():
             return result
         most = moves(target, args, kwargs, result, self.shares)
-        return result if most is None else result + most / FACTOR * self._signs(result.shape).sign()
+        return result if most is None else result + self.part * most * self._signs(result.shape).sign()
 
     def _literal(self, x: Any) -> Any:
         """float64 for float32; numbers that float32 rounds move as well."""
@@ -101,7 +108,7 @@ class _Wide(fx.Interpreter):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
         largest = [a.abs() if isinstance(a, Tensor) else torch.tensor(abs(float(a))) for a in args[:2]]
-        rounding = NOISE * torch.maximum(*(a.double().broadcast_to(x.shape) for a in largest))
+        rounding = 2 * NOISE * torch.maximum(*(a.double().broadcast_to(x.shape) for a in largest))
         return torch.where(x.abs() <= rounding, 0.0, x)
 
     def _moved(self, x: Any, given: set[int]) -> Any:
@@ -128,22 +135,25 @@ def expected(
     seeds = [0, *(side * (k + 1) for k in range(PAIRS) for side in (1, -1))]
     with torch.no_grad():
         exact, *noisy = (_Wide(module, seed, shares).run(*wide) for seed in seeds)
+        rounds = any(node.target in BOUNDS or node.target in shares for node in chosen.calls())
+        whole = [_Wide(module, seed, shares, float(seed != 0)).run(*wide) for seed in seeds if rounds]
     return {
-        output.name: _expected(exact[k], [run[k] for run in noisy], plain[output.name].dtype)
+        output.name: _expected(exact[k], [run[k] for run in noisy], [run[k] for run in whole], plain[output.name].dtype)
         for k, output in enumerate(chosen.outputs)
     }
 
 
-def _expected(exact: Tensor, noisy: list[Tensor], dtype: torch.dtype) -> Expected:
+def _expected(exact: Tensor, noisy: list[Tensor], whole: list[Tensor], dtype: torch.dtype) -> Expected:
+    """Small moves count `FACTOR` times, as far as results are linear in them; whole ones reach past a threshold."""
     wide = exact.double()
-    moves = [(run.double() - wide).abs().nan_to_num(0.0, 0.0, 0.0) for run in noisy]
-    kinds = [(run.double().isfinite() == wide.isfinite()) & (run.isnan() == wide.isnan()) for run in noisy]
-    stable, largest = torch.stack(kinds).all(0), torch.stack(moves).amax(0)
+    found = [(run.double() - wide).abs().nan_to_num(0.0, 0.0, 0.0) for run in (*noisy, *whole)]
+    kinds = [(run.double().isfinite() == wide.isfinite()) & (run.isnan() == wide.isnan()) for run in (*noisy, *whole)]
+    factors = [FACTOR] * len(noisy) + [WHOLE] * len(whole)
+    stable = torch.stack(kinds).all(0)
+    largest = torch.stack([move * factor for move, factor in zip(found, factors, strict=True)]).amax(0)
     if not exact.is_floating_point():
         return Expected(exact, torch.zeros_like(wide), stable & (largest == 0), dtype)
     stable &= ~(wide.isfinite() & (wide.abs() > LARGEST))
     scale = wide.abs().nan_to_num(0.0, 0.0, 0.0)
     scale = scale.max() if scale.numel() else scale.new_zeros(())
-    return Expected(
-        exact, FACTOR * largest + FLOOR * (wide.abs() + 0.1 * scale).nan_to_num(0.0, 0.0, 0.0), stable, dtype
-    )
+    return Expected(exact, largest + FLOOR * (wide.abs() + 0.1 * scale).nan_to_num(0.0, 0.0, 0.0), stable, dtype)
