@@ -23,6 +23,16 @@ def test_a_norm_over_an_open_width_stays_open(kind: str) -> None:
     replay(f"onnx-{kind}", Graph((x, Step(aten.layer_norm.default, (Ref(0), [Size(0, 2)]), {})), (1,)))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_average_to_an_open_size_is_refused(kind: str) -> None:
+    """PyTorch's RuntimeError about sizes that are no numbers ended a campaign."""
+    sources = Source(Sample((2, 3, 6)), 1), Source(Sample(("n", 2)), 2)
+    call = Step(aten.adaptive_avg_pool1d.default, (Ref(0), [Size(1, 0)]), {})
+    graph = Graph((*sources, call, Step(aten.neg.default, (Ref(1),), {})), (2, 3))
+
+    replay(f"onnx-{kind}", graph)
+
+
 def test_a_table_of_an_open_size_stays_open() -> None:
     """Reading calibration data asked how many rows the table has."""
     ids, table = Source(Sample(("n", 2), kind="integer", high=2), 4525), Source(Sample(("n", 2)), 3)

@@ -79,6 +79,8 @@ def adaptive_avg_pool(b: Builder, fact: Tensor, x: Operand, size: Sequence[int])
 
 
 def _averaged(b: Builder, found: ir.Value, x: Operand, axis: int, count: int) -> ir.Value:
+    if not isinstance(count, int):
+        raise Unsupported("an adaptive average to an open number of windows has no ONNX form")
     size = x.width(axis)
     matrix = torch.zeros(size, count)
     for n in range(count):
