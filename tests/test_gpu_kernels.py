@@ -65,3 +65,29 @@ def test_functions_of_the_language_itself_in_both_ways():
         run(summed, (1,), x=torch.arange(8.0), y=y)
         builds(summed, ("sm_90",))
     assert y == 28
+
+
+CONVERTED = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def converted(x, y, bf16, fp8, B: tl.constexpr):
+    i = tl.arange(0, B)
+    at = i[:, None] * B + i[None, :]
+    v = tl.load(x + at)
+    tl.store(bf16 + at, v.to(tl.bfloat16))
+    tl.store(fp8 + at, v.to(tl.float8e4nv).to(tl.float32))
+    tl.store(y + at, tl.dot(v.to(tl.bfloat16), tl.trans(v.to(tl.bfloat16))))
+"""
+
+
+def test_interpreted_conversions_round_to_nearest():
+    x = torch.randn(16, 16) * torch.logspace(-4, 3, 16)
+    y, bf16, fp8 = torch.empty(16, 16), torch.empty(16, 16, dtype=torch.bfloat16), torch.empty(16, 16)
+    types = {"x": "*fp32", "y": "*fp32", "bf16": "*bf16", "fp8": "*fp32"}
+    run(Kernel(CONVERTED, "converted", types, {"B": 16}), (1,), x=x, y=y, bf16=bf16, fp8=fp8)
+    assert torch.equal(bf16, x.bfloat16())
+    assert torch.equal(fp8, x.clamp(-448, 448).to(torch.float8_e4m3fn).float())
+    torch.testing.assert_close(y, bf16.float() @ bf16.float().T)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sylvester.backends.cuda.interpreter import rounding
 from sylvester.codegen.gpu_kernel import Kernel
 from sylvester.compiler.errors import ToolchainMissing
 
@@ -56,7 +57,7 @@ def interpret(kernel: Kernel, grid: tuple[int, ...], arguments: Mapping[str, Any
     """Runs a kernel on tensors of the CPU, one program after another: slow, and numbers as on a GPU but for their order
     in sums and the rounding of its own instructions."""
     function: Callable[..., Any] = getattr(load(kernel.text, interpreted=True), kernel.function)[grid]
-    with np.errstate(all="ignore"), _interpreted_language():
+    with np.errstate(all="ignore"), _interpreted_language(), rounding():
         function(**arguments, **kernel.constants, num_warps=kernel.warps, num_stages=kernel.stages)
 
 
