@@ -20,7 +20,8 @@ Array = NDArray[Any]
 
 @contextmanager
 def rounding() -> Iterator[None]:
-    """Conversions to and from `FORMATS` are to nearest, ties to even, and `tl.dot` multiplies what they stand for.
+    """Conversions to and from `FORMATS` are to nearest, ties to even, and `tl.dot` multiplies what they stand for,
+    and whole numbers exactly.
 
     Triton 3.9 cuts off what bfloat16 does not hold, loses the carry of float8, and multiplies the bits of bfloat16.
     """
@@ -42,8 +43,9 @@ def rounding() -> Iterator[None]:
         return cast(self, wide, dtype) if dtype.scalar.name != "fp32" else wide
 
     def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
-        product = np.matmul(_wide(a), _wide(b), dtype=d.data.dtype)
-        return TensorHandle(product + d.data, d.dtype.scalar)
+        wide = np.float32 if d.data.dtype == np.float32 else np.float64
+        product = np.matmul(_wide(a).astype(wide), _wide(b).astype(wide))
+        return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     corrected = {"cast_impl": cast, "create_fp_to_fp": between_floats, "create_dot": dot}
     try:
