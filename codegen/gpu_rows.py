@@ -1,0 +1,44 @@
+"""Kernels for GPUs that round rows of x to whole numbers, after a norm or without."""
+
+from __future__ import annotations
+
+from sylvester.codegen.gpu_kernel import Constant, Kernel, text
+from sylvester.codegen.gpu_matmul import FLOATS, LARGEST, Norm
+from sylvester.compiler.errors import CompileError
+
+WIDEST = 8192
+"""Columns that a program holds at once; longer rows are read again, from the cache."""
+
+
+def quantize_rows(x: str, k: int, norm: Norm | None = None, bits: int = 8, step: bool = False) -> Kernel:
+    """int8 numbers [m, k] and float32 scales [m] of x [m, k], as compiler/quantized_rows.py says; a step is read."""
+    if x not in FLOATS or bits not in LARGEST:
+        raise CompileError(f"found rows in {x!r} to {bits} bits, expected {list(FLOATS)} to one of {list(LARGEST)}")
+    weight, bias = (norm.weight, norm.bias) if norm else ("", "")
+    types = {"x": f"*{x}", "numbers": "*i8", "scales": "*fp32"}
+    types |= {name: f"*{held}" for name, held in (("norm_weight", weight), ("norm_bias", bias)) if held}
+    types |= dict.fromkeys(("m", "k", "x_row", "numbers_row"), "i32")
+    block = min(WIDEST, max(32, 1 << (k - 1).bit_length()))
+    constants: dict[str, Constant] = dict.fromkeys((n for n in ("norm_weight", "norm_bias") if n not in types), 0)
+    constants |= {
+        "eps": norm.eps if norm else 0.0,
+        "NORM": norm.kind if norm else "none",
+        "WEIGHTED": bool(weight),
+        "SHIFTED": bool(bias),
+        "STEP": step,
+        "MOST": LARGEST[bits],
+        "EVEN": k % block == 0,
+        "ROWS": rows_of(k),
+        "BLOCK_K": block,
+    }
+    aligned = ("x", "numbers", *(("k", "x_row", "numbers_row") if k % 16 == 0 else ()))
+    return Kernel(text("rows"), "quantize_rows", types, constants, aligned, warps=8 if block >= 4096 else 4, stages=1)
+
+
+def rows_of(k: int) -> int:
+    """Rows of a program: short ones are taken together."""
+    return max(1, min(16, 1024 // (1 << (k - 1).bit_length())))
+
+
+def quantize_grid(m: int, k: int) -> tuple[int]:
+    return (-(-m // rows_of(k)),)

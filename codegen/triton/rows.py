@@ -1,0 +1,96 @@
+"""Rows of x on their way to a product: normalised, then rounded to whole numbers times a scale."""
+
+import triton
+import triton.language as tl
+
+from sylvester.codegen.triton.rounding import nearest
+from sylvester.codegen.triton.weights import stored_tile
+
+
+@triton.jit
+def statistics(x, at, k, eps, NORM: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Mean and 1 / deviation of rows that begin at x + at [rows], in float32; an RMS norm has no mean."""
+    mean = tl.zeros(at.shape, tl.float32)
+    if NORM == "layer":
+        for start in range(0, k, BLOCK_K):
+            j = start + tl.arange(0, BLOCK_K)
+            mean += tl.sum(tl.load(x + at[:, None] + j[None, :], j[None, :] < k, 0.0).to(tl.float32), 1)
+        mean = mean / k
+    squares = tl.zeros(at.shape, tl.float32)
+    for start in range(0, k, BLOCK_K):
+        j = start + tl.arange(0, BLOCK_K)
+        v = tl.load(x + at[:, None] + j[None, :], j[None, :] < k, 0.0).to(tl.float32)
+        v = tl.where(j[None, :] < k, v - mean[:, None], 0.0)
+        squares += tl.sum(v * v, 1)
+    return mean, 1.0 / tl.sqrt_rn(squares / k + eps)
+
+
+@triton.jit
+def float_tile(
+    x, at, start, k, mean, factor, norm_weight, norm_bias,
+    NORM: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """float32 [rows, BLOCK_K] of normalised rows from column `start`, 0 past k."""
+    j = start + tl.arange(0, BLOCK_K)
+    v = stored_tile(x, at, start, k, EVEN, BLOCK_K).to(tl.float32)
+    if NORM != "none":
+        v = (v - mean[:, None]) * factor[:, None]
+        if WEIGHTED:
+            v *= tl.load(norm_weight + j, j < k, 0.0).to(tl.float32)[None, :]
+        if SHIFTED:
+            v += tl.load(norm_bias + j, j < k, 0.0).to(tl.float32)[None, :]
+        if not EVEN:
+            v = tl.where(j[None, :] < k, v, 0.0)
+    return v
+
+
+@triton.jit
+def to_numbers(v, scale, MOST: tl.constexpr):
+    """int8 numbers of v [rows, columns] by scales [rows], cut at MOST; 0 for a scale that is not positive."""
+    positive = scale > 0
+    v = tl.div_rn(v, tl.where(positive, scale, 1.0)[:, None])
+    v = tl.minimum(tl.maximum(nearest(v), -MOST * 1.0), MOST * 1.0)
+    return tl.where(positive[:, None], v, 0.0).to(tl.int8)
+
+
+@triton.jit
+def row_scales(
+    x, at, k, mean, factor, norm_weight, norm_bias,
+    NORM: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr,
+    MOST: tl.constexpr,
+):  # fmt: skip
+    """Largest size of each normalised row over MOST."""
+    top = tl.zeros(at.shape, tl.float32)
+    for start in range(0, k, BLOCK_K):
+        v = float_tile(x, at, start, k, mean, factor, norm_weight, norm_bias, NORM, WEIGHTED, SHIFTED, EVEN, BLOCK_K)
+        top = tl.maximum(top, tl.max(tl.abs(v), 1))
+    return tl.div_rn(top, tl.full(top.shape, MOST, tl.float32))
+
+
+@triton.jit
+def quantize_rows(
+    x, numbers, scales, norm_weight, norm_bias, m, k, x_row, numbers_row, eps,
+    NORM: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """int8 numbers [m, k] of normalised rows of x, and their scales [m]; with STEP `scales` is one number to read."""
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = r < m
+    r = tl.minimum(r, m - 1).to(tl.int64)
+    at = r * x_row
+    mean = tl.zeros((ROWS,), tl.float32)
+    factor = mean
+    if NORM != "none":
+        mean, factor = statistics(x, at, k, eps, NORM, BLOCK_K)
+    if STEP:
+        scale = tl.zeros((ROWS,), tl.float32) + tl.load(scales)
+    else:
+        scale = row_scales(
+            x, at, k, mean, factor, norm_weight, norm_bias, NORM, WEIGHTED, SHIFTED, EVEN, BLOCK_K, MOST
+        )  # fmt: skip
+        tl.store(scales + r, scale, inside)
+    for start in range(0, k, BLOCK_K):
+        v = float_tile(x, at, start, k, mean, factor, norm_weight, norm_bias, NORM, WEIGHTED, SHIFTED, EVEN, BLOCK_K)
+        j = start + tl.arange(0, BLOCK_K)
+        place = numbers + (r * numbers_row)[:, None] + j[None, :]
+        tl.store(place, to_numbers(v, scale, MOST), inside[:, None] & (j[None, :] < k))
