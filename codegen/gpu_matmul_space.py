@@ -1,0 +1,77 @@
+"""Tiles that products on GPUs may be tuned over: the first is what guesses for an A100 or H100 give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from sylvester.codegen.gpu_matmul import BITS, Linear, Tile
+
+PROCESSORS = 108
+"""Of an A100; an H100 has 132. Fewer programs leave some idle."""
+SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227}
+"""KiB of shared memory that a program may have."""
+MOST_SPLITS = 16
+LEAST_STEPS = 4
+"""Of the depth that a part has."""
+
+
+def tiles(linear: Linear, m: int, n: int, k: int, arch: str = "sm_80") -> tuple[Tile, ...]:
+    """Of `kernel` for up to m rows."""
+    first = _guess(linear, m, n, k)
+    shapes = [(a, b) for a in (16, 32, 64, 128) for b in (32, 64, 128, 256) if a <= 2 * first.m and a * b <= 128 * 256]
+    others = (
+        replace(first, m=a, n=b, warps=_warps(a, b, linear), stages=stages, splits=_splits(a, b, first.k, m, n, k))
+        for stages in (3, 4)
+        for a, b in shapes
+        if a >= first.m // 2
+    )
+    found = (first, *(replace(first, splits=s) for s in (1, 2, 4, 8) if s * LEAST_STEPS * first.k <= k), *others)
+    return _distinct(tile for tile in found if tile == first or shared_bytes(linear, tile) <= SHARED[arch] * 1024)
+
+
+def gemv_tiles(linear: Linear, n: int, k: int) -> tuple[Tile, ...]:
+    """Of `gemv`: a warp reads 512 neighbouring bytes of a row at a time."""
+    step = min(512 * 8 // BITS[linear.weight], 1 << max(5, (k - 1).bit_length()))
+    step = step if linear.weight != "i3" else min(1024, 1 << max(5, (k - 1).bit_length()))
+    rows = next((r for r in (8, 4) if n >= r * 4 * PROCESSORS), 2)
+    splits = 1 if n >= rows * PROCESSORS else _parts(PROCESSORS * rows // max(1, n), k // step)
+    first = Tile(1, rows, step, 4, 2, splits)
+    others = (replace(first, n=r, warps=w, k=s) for r in (2, 4, 8, 16) for w in (2, 4, 8) for s in {step, step // 2})
+    return _distinct((first, *(replace(first, splits=s) for s in (1, 2, 4)), *others))
+
+
+def shared_bytes(linear: Linear, tile: Tile) -> int:
+    """Of tiles of x and W that are on their way at once; what Triton adds is small."""
+    stored = BITS[linear.x] * tile.m + BITS[linear.weight] * tile.n * (2 if linear.gated else 1)
+    return stored * tile.k // 8 * tile.stages
+
+
+def _guess(linear: Linear, m: int, n: int, k: int) -> Tile:
+    """128 bytes of every row at a time; narrower tiles where fewer than the processors would be busy, then parts."""
+    step = 128 * 8 // BITS[linear.type]
+    step = min(step, linear.group or step)
+    rows = min(128, max(16, 1 << (m - 1).bit_length()))
+    widest = 64 if linear.gated or rows <= 32 else 128
+    columns = next((c for c in (widest, 64, 32) if -(-m // rows) * -(-n // c) >= PROCESSORS), 32)
+    stages = 4 if rows <= 64 else 3
+    return Tile(rows, columns, step, _warps(rows, columns, linear), stages, _splits(rows, columns, step, m, n, k))
+
+
+def _warps(rows: int, columns: int, linear: Linear) -> int:
+    return 8 if rows * columns * (2 if linear.gated else 1) >= 128 * 128 else 4
+
+
+def _splits(rows: int, columns: int, step: int, m: int, n: int, k: int) -> int:
+    programs = -(-m // rows) * -(-n // columns)
+    return _parts(PROCESSORS // programs, k // step)
+
+
+def _parts(wanted: int, steps: int) -> int:
+    """A power of two."""
+    most = max(1, min(wanted, steps // LEAST_STEPS, MOST_SPLITS))
+    return 1 << (most.bit_length() - 1)
+
+
+def _distinct(found: Iterable[Tile]) -> tuple[Tile, ...]:
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,49 @@
+"""Tiles of products on GPUs: all of them fit, few rows are cut along the depth, defaults come first and are built."""
+
+from __future__ import annotations
+
+import pytest
+
+from sylvester.codegen.gpu_matmul import Linear, Norm, gemv, kernel
+from sylvester.codegen.gpu_matmul_space import SHARED, gemv_tiles, shared_bytes, tiles
+from tests.gpu import builds
+
+LAYERS = {
+    "bfloat16": Linear("bf16", "bf16", "bf16"),
+    "float32": Linear("fp32", "fp32", "fp32"),
+    "int8": Linear("i8", "i8", "bf16", rounding="given", gated=True, activation="silu"),
+    "int4": Linear("bf16", "i4", "bf16", group=64),
+    "int3": Linear("bf16", "i3", "bf16", group=32, rounding="rows", norm=Norm("rms", 1e-6)),
+}
+ALIGNED = ("x", "w", "up", "y", "n", "k", "x_row", "w_row", "y_row")
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("m", [1, 17, 300])
+@pytest.mark.parametrize("name", LAYERS)
+def test_spaces_are_small_and_fit(name: str, m: int, arch: str):
+    linear, n, k = LAYERS[name], 4096, 4096
+    found = tiles(linear, m, n, k, arch)
+    assert 5 <= len(set(found)) == len(found) <= 40
+    assert all(shared_bytes(linear, tile) <= SHARED[arch] * 1024 for tile in found)
+    assert found[0].m <= max(16, 2 * m)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_few_programs_share_the_depth(name: str):
+    assert tiles(LAYERS[name], 8, 256, 8192)[0].splits > 1
+    assert tiles(LAYERS[name], 2048, 8192, 8192)[0].splits == 1
+    assert gemv_tiles(LAYERS[name], 64, 8192)[0].splits > 1
+    assert gemv_tiles(LAYERS[name], 8192, 8192)[0].splits == 1
+    assert tiles(LAYERS[name], 8, 256, 64)[0].splits == 1
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("name", LAYERS)
+def test_defaults_have_machine_code(name: str, arch: str):
+    linear = LAYERS[name]
+    for m in (17, 300):
+        builds(kernel(linear, tiles(linear, m, 4096, 4096, arch)[0], 4096, ALIGNED), (arch,))
+    for m in (1, 4):
+        builds(gemv(linear, gemv_tiles(linear, 4096, 4096)[0], m, 4096, ALIGNED), (arch,))
