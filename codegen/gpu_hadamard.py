@@ -1,0 +1,129 @@
+"""Kernels for GPUs of y = x H^T / sqrt(block), alone or with the rounding of its rows, in one pass over memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sylvester.codegen.gpu_kernel import Constant, Kernel, text
+from sylvester.codegen.gpu_matmul import FLOATS, LARGEST
+from sylvester.compiler.errors import CompileError
+from sylvester.compiler.hadamard import base as base_matrix
+from sylvester.compiler.hadamard import scheme_of
+
+INNER = 128
+"""The most columns that a block has as a matrix; a smaller block is one row."""
+HELD = 1 << 15
+"""The most values of a row that one program holds in registers."""
+TERMS_OF_X = {"bf16": 1, "fp16": 2, "fp32": 3}
+TERMS = {"bf16": 2, "fp16": 2, "fp32": 3}
+
+
+@dataclass(frozen=True)
+class Hadamard:
+    """Blocks of rows of memory of `width` values; types are those of memory. `bits` of int8 numbers, 0: floats y."""
+
+    x: str
+    y: str
+    width: int
+    block: int
+    transposed: bool = False
+    bits: int = 0
+    step: bool = False
+
+    def __post_init__(self) -> None:
+        if self.x not in FLOATS or self.y not in (("i8",) if self.bits else FLOATS) or self.bits not in (0, *LARGEST):
+            raise CompileError(
+                f"found a rotation of {self.x!r} to {self.y!r} of {self.bits} bits, expected {list(FLOATS)} to these, "
+                f"or to 'i8' of one of {list(LARGEST)} bits"
+            )
+        if self.block < 1 or self.width % self.block:
+            raise CompileError(f"found blocks of {self.block} in rows of {self.width}, expected a divisor")
+        if self.bits and not fuses(self.width, self.block):
+            raise CompileError(
+                f"found rows of {self.width} in blocks of {self.block} to round in the same pass, expected at most "
+                f"{HELD} values as they are padded; round them by quantize_rows"
+            )
+
+    @property
+    def columns(self) -> int:
+        """W of blocks [R, W]."""
+        return self.block if self.block <= INNER else 1 << min(scheme_of(self.block).k, INNER.bit_length() - 1)
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.block // self.columns
+
+    @property
+    def blocks(self) -> int:
+        """Of one program: those of a row where it is rounded, else as many as fill tensor cores."""
+        if self.bits:
+            return self.width // self.block
+        return 64 if self.rows == 1 else max(1, 16 // self.rows)
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns that a program holds, padded."""
+        rows, columns = _padded(self.blocks * self.rows), _padded(self.columns)
+        return (rows if self.bits or self.rows == 1 else min(rows, HELD // columns)), columns
+
+
+def fuses(width: int, block: int) -> bool:
+    """Whether a program can hold a row, which it rounds when all of it is there."""
+    made = Hadamard("fp32", "fp32", width, block)
+    return _padded(width // made.columns) * _padded(made.columns) <= HELD
+
+
+def kernel(rotation: Hadamard) -> Kernel:
+    """Arguments x, y, scales (rounded rows), base (see `base`), and sizes blocks, x_row, y_row."""
+    found = scheme_of(rotation.block)
+    inner = rotation.columns.bit_length() - 1
+    types = {"x": f"*{rotation.x}", "y": f"*{rotation.y}"}
+    types |= {"scales": "*fp32"} if rotation.bits else {}
+    types |= {"base": "*i8"} if found.bases else {}
+    types |= dict.fromkeys(("blocks", "x_row", "y_row"), "i32")
+    rows, columns = rotation.tile
+    whole = rotation.rows == 1
+    constants: dict[str, Constant] = dict.fromkeys((n for n in ("scales", "base") if n not in types), 0)
+    constants |= {
+        "FACTOR": rotation.block**-0.5,
+        "R": rotation.rows,
+        "W": rotation.columns,
+        "PER_ROW": rotation.width // rotation.block,
+        "BLOCKS": rotation.blocks,
+        "TURNED": rotation.transposed,
+        "H": found.order,
+        "LOG": 0 if whole else found.k - inner,
+        "INNER_H": found.order if whole else 1,
+        "INNER_LOG": found.k if whole else inner,
+        "TERMS_OF_X": TERMS_OF_X[rotation.x],
+        "TERMS": TERMS[rotation.x],
+        "MOST": LARGEST[rotation.bits] if rotation.bits else 0,
+        "STEP": rotation.step,
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "DEPTH": 32 if rows >= 32 else 16,
+    }
+    aligned = ("x", "y", *(("x_row", "y_row") if rotation.width % 16 == 0 else ()))
+    warps = max(4, min(16, rows * columns // 2048))
+    return Kernel(text("hadamard"), "hadamard", types, constants, aligned, warps, stages=2)
+
+
+def base(block: int) -> Tensor | None:
+    """int8 [H, H], the argument `base`; None for powers of two, whose kernel has none."""
+    found = scheme_of(block)
+    return base_matrix(found.order) if found.bases else None
+
+
+def grid(rotation: Hadamard, rows: int) -> tuple[int, int]:
+    """For so many rows of memory."""
+    blocks = rows * (rotation.width // rotation.block)
+    held = rotation.blocks * rotation.rows
+    return -(-blocks // rotation.blocks), -(-held // rotation.tile[0])
+
+
+def _padded(n: int) -> int:
+    """A power of two that a dot product takes."""
+    return max(16, 1 << (n - 1).bit_length())
