@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -12,12 +12,17 @@ from sylvester.compiler.errors import CompileError
 from sylvester.compiler.hadamard import base as base_matrix
 from sylvester.compiler.hadamard import scheme_of
 
-INNER = 128
-"""The most columns that a block has as a matrix; a smaller block is one row."""
-HELD = 1 << 15
-"""The most values of a row that one program holds in registers."""
+WHOLE = 128
+"""The largest block that is one row of a matrix."""
+INNER = {"bf16": 64, "fp16": 64, "fp32": 32}
+"""The most columns that a larger one has: more need more registers than there are."""
+HELD, HELD_ROUNDED = 1 << 14, 1 << 15
+"""The most values that one program holds; a whole row where it is rounded."""
 TERMS_OF_X = {"bf16": 1, "fp16": 2, "fp32": 3}
 TERMS = {"bf16": 2, "fp16": 2, "fp32": 3}
+"""Numbers in bfloat16 that make up x, and what comes between the products."""
+DEPTH = 16
+"""Rows of x that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +45,16 @@ class Hadamard:
             )
         if self.block < 1 or self.width % self.block:
             raise CompileError(f"found blocks of {self.block} in rows of {self.width}, expected a divisor")
-        if self.bits and not fuses(self.width, self.block):
+        if self.bits and not fuses(self.x, self.width, self.block):
             raise CompileError(
                 f"found rows of {self.width} in blocks of {self.block} to round in the same pass, expected at most "
-                f"{HELD} values as they are padded; round them by quantize_rows"
+                f"{HELD_ROUNDED} values as they are padded; round them by quantize_rows"
             )
 
     @property
     def columns(self) -> int:
         """W of blocks [R, W]."""
-        return self.block if self.block <= INNER else 1 << min(scheme_of(self.block).k, INNER.bit_length() - 1)
+        return self.block if self.block <= WHOLE else min(1 << scheme_of(self.block).k, INNER[self.x])
 
     @property
     def rows(self) -> int:
@@ -58,22 +63,23 @@ class Hadamard:
 
     @property
     def blocks(self) -> int:
-        """Of one program: those of a row where it is rounded, else as many as fill tensor cores."""
+        """Of one program: those of a row where it is rounded, else as many as keep tensor cores busy."""
         if self.bits:
             return self.width // self.block
-        return 64 if self.rows == 1 else max(1, 16 // self.rows)
+        wanted = 64 if self.rows == 1 and self.x != "fp32" else 16
+        return max(1, wanted // self.rows)
 
     @property
     def tile(self) -> tuple[int, int]:
         """Rows and columns that a program holds, padded."""
         rows, columns = _padded(self.blocks * self.rows), _padded(self.columns)
-        return (rows if self.bits or self.rows == 1 else min(rows, HELD // columns)), columns
+        return (rows if self.bits else min(rows, HELD // columns)), columns
 
 
-def fuses(width: int, block: int) -> bool:
-    """Whether a program can hold a row, which it rounds when all of it is there."""
-    made = Hadamard("fp32", "fp32", width, block)
-    return _padded(width // made.columns) * _padded(made.columns) <= HELD
+def fuses(x: str, width: int, block: int) -> bool:
+    """Whether a program can hold a row of x, which it rounds when all of it is there."""
+    made = Hadamard(x, "fp32", width, block)
+    return _padded(width // made.columns) * _padded(made.columns) <= HELD_ROUNDED
 
 
 def kernel(rotation: Hadamard) -> Kernel:
@@ -104,11 +110,20 @@ def kernel(rotation: Hadamard) -> Kernel:
         "STEP": rotation.step,
         "ROWS": rows,
         "COLUMNS": columns,
-        "DEPTH": 32 if rows >= 32 else 16,
+        "DEPTH": DEPTH,
     }
     aligned = ("x", "y", *(("x_row", "y_row") if rotation.width % 16 == 0 else ()))
-    warps = max(4, min(16, rows * columns // 2048))
+    warps = max(4, min(16, rows * columns // 1024))
     return Kernel(text("hadamard"), "hadamard", types, constants, aligned, warps, stages=2)
+
+
+def candidates(rotation: Hadamard) -> tuple[Kernel, ...]:
+    """Kernels that it may be tuned over, the default first."""
+    first = kernel(rotation)
+    warps = [w for w in (first.warps // 2, first.warps * 2) if 2 <= w <= 16]
+    deeper = replace(first, constants={**first.constants, "DEPTH": 2 * DEPTH})
+    others = (replace(first, warps=w) for w in warps)
+    return (first, *others, *((deeper, replace(deeper, stages=3)) if rotation.rows > 1 else ()))
 
 
 def base(block: int) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sylvester.codegen.gpu_kernel import Constant, Kernel, text
 from sylvester.codegen.gpu_matmul import FLOATS, LARGEST, Norm
 from sylvester.compiler.errors import CompileError
@@ -33,6 +35,12 @@ def quantize_rows(x: str, k: int, norm: Norm | None = None, bits: int = 8, step:
     }
     aligned = ("x", "numbers", *(("k", "x_row", "numbers_row") if k % 16 == 0 else ()))
     return Kernel(text("rows"), "quantize_rows", types, constants, aligned, warps=8 if block >= 4096 else 4, stages=1)
+
+
+def candidates(x: str, k: int, norm: Norm | None = None, bits: int = 8, step: bool = False) -> tuple[Kernel, ...]:
+    """Kernels that it may be tuned over, the default first."""
+    first = quantize_rows(x, k, norm, bits, step)
+    return (first, *(replace(first, warps=w) for w in (first.warps // 2, first.warps * 2)))
 
 
 def rows_of(k: int) -> int:

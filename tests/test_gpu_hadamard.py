@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sylvester.codegen.gpu_hadamard import Hadamard, base, fuses, grid, kernel
+from sylvester.codegen.gpu_hadamard import Hadamard, base, candidates, fuses, grid, kernel
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.hadamard import transform
 from sylvester.compiler.quantized_rows import quantize_rows
@@ -86,13 +86,21 @@ def test_machine_code():
 def test_machine_code_of_widths(width: int, arch: str):
     for x in ("fp32", "bf16"):
         builds(kernel(Hadamard(x, x, width, width)), (arch,))
-        if fuses(width, width):
+        if fuses(x, width, width):
             builds(kernel(Hadamard(x, "i8", width, width, bits=8)), (arch,))
 
 
+@pytest.mark.parametrize("width", [64, 4096, 28672])
+def test_candidates_are_distinct(width: int):
+    rotation = Hadamard("bf16", "bf16", width, width)
+    found = candidates(rotation)
+    assert found[0] == kernel(rotation)
+    assert 2 <= len({made.key for made in found}) == len(found) <= 6
+
+
 def test_what_is_rounded_elsewhere():
-    assert fuses(14336, 14336)
-    assert not fuses(65536, 65536)
+    assert fuses("bf16", 14336, 14336)
+    assert not fuses("bf16", 65536, 65536)
 
 
 @pytest.mark.parametrize(

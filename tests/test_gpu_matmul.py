@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sylvester.codegen.gpu_matmul import Linear, Norm, Tile, finish, gemv, grid, kernel, parts_bytes
-from sylvester.codegen.gpu_rows import quantize_grid
+from sylvester.codegen.gpu_rows import candidates, quantize_grid
 from sylvester.codegen.gpu_rows import quantize_rows as rows_kernel
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.quantized_rows import quantize_rows
@@ -92,6 +92,12 @@ def test_rows_are_rounded(bits: int, norm: Norm | None):
     torch.testing.assert_close(scales[:, None], scale, rtol=1e-5, atol=0)
     assert ((numbers - expected).abs() <= 1).all()
     assert (numbers == expected).double().mean() > 0.995
+
+
+def test_candidates_of_rows():
+    found = candidates("bf16", 4096, RMS)
+    assert found[0] == rows_kernel("bf16", 4096, RMS)
+    assert len({made.key for made in found}) == 3
 
 
 def test_rows_by_a_step_are_cut():
