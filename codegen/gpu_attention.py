@@ -1,0 +1,173 @@
+"""Attention on GPUs: kernels, how many programs run, and what can be tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from sylvester.codegen.gpu_kernel import Constant, Kernel, text
+
+MaskKind = Literal["none", "bool", "float"]
+Products = Literal["f32", "bf16", "f16"]
+POINTERS = {"f32": "*fp32", "bf16": "*bf16", "f16": "*fp16", "q8": "*u8", "q4": "*u8"}
+BYTES = {"f32": 4, "bf16": 2, "f16": 2}
+STRIDES = (
+    "y_batch",
+    "y_head",
+    "y_row",
+    "q_batch",
+    "q_head",
+    "q_row",
+    "k_batch",
+    "k_head",
+    "k_row",
+    "v_batch",
+    "v_head",
+)
+MASK_STRIDES = ("mask_batch", "mask_head", "mask_row", "mask_key")
+FEW_ROWS = 64
+"""Queries times the heads that share a key, up to which the keys are split among programs."""
+MOST_SPLITS, KEYS_OF_A_SPLIT = 64, 128
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is fixed when an attention is compiled; the head sizes are any, `group` heads share a key head.
+
+    `k` and `v` are float types or records "q8", "q4" (compiler/cache_ops.py). `products` are what tensor cores
+    multiply: "f32" as three products of tf32, which is about as exact as float32.
+    """
+
+    d: int
+    dv: int
+    group: int = 1
+    y: str = "f32"
+    q: str = "f32"
+    k: str = "f32"
+    v: str = "f32"
+    mask: MaskKind = "none"
+    mask_type: str = "f32"
+    causal: bool = True
+    windowed: bool = False
+    capped: bool = False
+    past: bool = False
+    products: Products = "f32"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows of queries and keys of a tile, and how Triton schedules it."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def kernel(form: Form, tiles: Tiles, splits: int = 1, aligned: tuple[str, ...] = ()) -> Kernel:
+    """y of one launch, or with `splits` > 1 (a power of two) the parts that `joining` takes.
+
+    `aligned`: the arguments, strides too, that are multiples of 16.
+    """
+    if (form.k in ("q8", "q4") or form.v in ("q8", "q4")) and form.k != form.v:
+        raise ValueError(f"keys are {form.k} and values {form.v}, expected records of one kind")
+    split = splits > 1
+    optional: dict[str, str | None] = {
+        "tops": "*fp32" if split else None,
+        "mask": None if form.mask == "none" else "*u8" if form.mask == "bool" else POINTERS[form.mask_type],
+        "past": "*i64" if form.past else None,
+        **dict.fromkeys(("y_batch", "y_head", "y_row"), None if split else "i32"),
+        **dict.fromkeys(MASK_STRIDES, None if form.mask == "none" else "i32"),
+    }
+    pointers = {"y": "*fp32" if split else POINTERS[form.y], **{n: POINTERS[getattr(form, n)] for n in "qkv"}}
+    types: dict[str, str] = {}
+    for name in (*("y", "tops", "q", "k", "v", "mask", "past", "kv_heads", "rows", "keys", "offset"), *STRIDES, "v_row",
+                 *MASK_STRIDES, "scale", "softcap", "window"):  # fmt: skip
+        given = optional.get(name, pointers.get(name, "fp32" if name in ("scale", "softcap") else "i32"))
+        if given is not None:
+            types[name] = given
+    return Kernel(
+        text("attention"), "attention", types, _constants(form, tiles, splits) | dict.fromkeys(_absent(optional), 0),
+        tuple(name for name in aligned if name in types), tiles.warps, tiles.stages,
+    )  # fmt: skip
+
+
+def _absent(optional: dict[str, str | None]) -> list[str]:
+    return [name for name, given in optional.items() if given is None]
+
+
+def _constants(form: Form, tiles: Tiles, splits: int) -> dict[str, Constant]:
+    return {
+        "D": form.d, "DV": form.dv, "BLOCK_D": block(form.d), "BLOCK_DV": block(form.dv), "BLOCK_M": tiles.rows,
+        "BLOCK_N": tiles.keys, "GROUP": form.group, "SPLITS": splits, "CAUSAL": form.causal,
+        "WINDOWED": form.windowed, "CAPPED": form.capped, "MASK": form.mask, "PAST": form.past,
+        "PRODUCTS": form.products, "STORED": form.k if form.k in ("q8", "q4") else "plain",
+        "PRECISION": "tf32x3" if form.products == "f32" else "tf32",
+    }  # fmt: skip
+
+
+def joining(form: Form, splits: int) -> Kernel:
+    """The rows of y [batch, heads, queries, dv] from the parts of `kernel`."""
+    names = ("kv_heads", "rows", "y_batch", "y_head", "y_row")
+    types = {"y": POINTERS[form.y], "part": "*fp32", "tops": "*fp32", **dict.fromkeys(names, "i32")}
+    fixed: dict[str, Constant] = {"DV": form.dv, "BLOCK_DV": block(form.dv), "GROUP": form.group, "SPLITS": splits}
+    return Kernel(text("attention"), "joined", types, fixed, ("part", "tops"), warps=4)
+
+
+def grid(form: Form, tiles: Tiles, splits: int, batch: int, kv_heads: int, rows: int) -> tuple[int, int]:
+    return -(-rows * form.group // tiles.rows) * batch * kv_heads, splits
+
+
+def joining_grid(form: Form, batch: int, kv_heads: int, rows: int) -> tuple[int]:
+    return (batch * kv_heads * rows * form.group,)
+
+
+def part_sizes(form: Form, splits: int, batch: int, kv_heads: int, rows: int) -> tuple[int, int]:
+    """Floats of the parts, and of their tops, between the two launches of `splits` > 1."""
+    places = batch * kv_heads * rows * form.group * splits
+    return places * form.dv, places * 2
+
+
+def block(n: int) -> int:
+    """The power of two, 16 or more, that holds n."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def splits_for(form: Form, batch: int, kv_heads: int, rows: int, keys: int, processors: int) -> int:
+    """Parts of at most `keys` keys that keep all multiprocessors busy: 1 for many rows."""
+    packed = rows * form.group
+    if packed > FEW_ROWS:
+        return 1
+    programs, splits = batch * kv_heads, 1
+    while splits < MOST_SPLITS and programs * splits < 2 * processors and keys >= 2 * splits * KEYS_OF_A_SPLIT:
+        splits *= 2
+    return splits
+
+
+def space(form: Form, rows: int, shared: int) -> list[Tiles]:
+    """Tiles for `rows` queries that fit in `shared` bytes of shared memory; the first is the default."""
+    return [tiles for tiles in _candidates(form, rows) if shared_bytes(form, tiles) <= shared]
+
+
+def _candidates(form: Form, rows: int) -> Iterator[Tiles]:
+    packed = rows * form.group
+    if packed <= FEW_ROWS:
+        height = max(16, 1 << (packed - 1).bit_length())
+        sizes = [(64, 4, 3), (128, 4, 2), (32, 4, 3), (64, 2, 3), (128, 8, 3), (32, 2, 2), (32, 4, 2), (16, 2, 2)]
+        yield from (Tiles(height, *size) for size in sizes)
+        return
+    if max(form.d, form.dv) > 64:
+        sizes4 = [(128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2), (64, 32, 4, 2)]
+    else:
+        sizes4 = [(128, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 4), (64, 64, 4, 3), (128, 128, 4, 2)]
+    if form.products == "f32":
+        sizes4 = [(64, 32, 4, 2), (64, 64, 4, 2), (128, 32, 8, 2), (128, 64, 8, 2), (64, 32, 4, 3)]
+    yield from (Tiles(*size) for size in (*sizes4, (64, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)))
+
+
+def shared_bytes(form: Form, tiles: Tiles) -> int:
+    """About what a program keeps in shared memory: queries, and keys and values for every stage but one."""
+    size = BYTES[form.products]
+    wide = tiles.keys * (block(form.d) + block(form.dv))
+    return size * (tiles.rows * block(form.d) + wide * max(1, tiles.stages - 1))

@@ -1,0 +1,131 @@
+"""softmax(q k^T scale + mask) v with products of floats, for many queries or, by parts of the keys, for few.
+
+A program computes BLOCK_M rows of one key head: row r is query r // GROUP of head r % GROUP of those that share it, so
+that a key is read once for all of them.
+"""
+
+import triton
+import triton.language as tl
+
+from sylvester.codegen.triton.attention_tiles import biased, cast_to, hidden, part_of, tile_rows, tiles_of, weighed
+
+
+@triton.jit
+def over_tiles(
+    acc, top, total, x, first, last, k, v, masks, k_row, v_row, mask_key, position, limit, window, softcap,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, MASK: tl.constexpr, PRODUCTS: tl.constexpr,
+    STORED: tl.constexpr, PRECISION: tl.constexpr, CHECKED: tl.constexpr,
+):  # fmt: skip
+    """The sums acc [M, DV] and total [M] with the tiles first .. last - 1 of keys; all are seen unless CHECKED."""
+    for tile in range(first, last):
+        at = tl.cast(tile, tl.int64) * BLOCK_N
+        j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        held = j < limit
+        key = cast_to(tile_rows(k + at * k_row, k_row, held, D, BLOCK_D, BLOCK_N, STORED, CHECKED), PRODUCTS)
+        s = tl.dot(x, tl.trans(key), input_precision=PRECISION)
+        s = biased(s, masks, mask_key, j, held, softcap, CAPPED, MASK)
+        if CHECKED:
+            s = hidden(s, j, held, position, window, CAUSAL, WINDOWED)
+        p, shrink, top, total = weighed(s, top, total)
+        value = cast_to(tile_rows(v + at * v_row, v_row, held, DV, BLOCK_DV, BLOCK_N, STORED, CHECKED), PRODUCTS)
+        acc = tl.dot(cast_to(p, PRODUCTS), value, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, top, total
+
+
+@triton.jit
+def attention(
+    y, tops, q, k, v, mask, past,
+    kv_heads, rows, keys, offset,
+    y_batch, y_head, y_row, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    mask_batch, mask_head, mask_row, mask_key, scale, softcap, window,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr, MASK: tl.constexpr, PAST: tl.constexpr, PRODUCTS: tl.constexpr, STORED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Query i stands at `offset` + *past + i and, with PAST, there are keys up to the last query.
+
+    With SPLITS > 1, y is float32 [key heads of the batch, rows * GROUP, SPLITS, DV], sums before their division, and
+    tops [..., SPLITS, 2] their greatest score and total weight.
+    """
+    blocks = tl.cdiv(rows * GROUP, BLOCK_M)
+    block = blocks - 1 - tl.program_id(0) % blocks
+    group = tl.program_id(0) // blocks
+    split = tl.program_id(1)
+    batch = (group // kv_heads).to(tl.int64)
+    kv_head = (group % kv_heads).to(tl.int64)
+    r = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = r < rows * GROUP
+    row = r // GROUP
+    head = kv_head * GROUP + r % GROUP
+    start = offset
+    limit = keys
+    if PAST:
+        start += tl.load(past).to(tl.int32)
+        limit = tl.minimum(keys, start + rows)
+    d = tl.arange(0, BLOCK_D)
+    x = tl.load(
+        q + batch * q_batch + (head * q_head + row.to(tl.int64) * q_row)[:, None] + d[None, :],
+        mask=inside[:, None] & (d < D)[None, :], other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    x = cast_to(x * (scale / softcap if CAPPED else scale * 1.4426950408889634), PRODUCTS)
+    k += batch * k_batch + kv_head * k_head
+    v += batch * v_batch + kv_head * v_head
+    masks = 0
+    if MASK != "none":
+        masks = mask + batch * mask_batch + tl.where(inside, head * mask_head + row.to(tl.int64) * mask_row, 0)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    a, b, c, e = tiles_of(
+        block * BLOCK_M // GROUP, (tl.minimum((block + 1) * BLOCK_M, rows * GROUP) - 1) // GROUP, start, limit, window,
+        BLOCK_N, CAUSAL, WINDOWED,
+    )  # fmt: skip
+    a, b, c, e = part_of(a, b, c, e, split, SPLITS)
+    if WINDOWED:
+        acc, top, total = over_tiles(
+            acc, top, total, x, a, b, k, v, masks, k_row, v_row, mask_key, row + start, limit, window, softcap,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED, PRECISION, True,
+        )  # fmt: skip
+    acc, top, total = over_tiles(
+        acc, top, total, x, b, c, k, v, masks, k_row, v_row, mask_key, row + start, limit, window, softcap,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED, PRECISION, False,
+    )  # fmt: skip
+    acc, top, total = over_tiles(
+        acc, top, total, x, c, e, k, v, masks, k_row, v_row, mask_key, row + start, limit, window, softcap,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED, PRECISION, True,
+    )  # fmt: skip
+    f = tl.arange(0, BLOCK_DV)
+    if SPLITS > 1:
+        place = (group.to(tl.int64) * rows * GROUP + r) * SPLITS + split
+        tl.store(tops + place * 2, top, mask=inside)
+        tl.store(tops + place * 2 + 1, total, mask=inside)
+        tl.store(y + place[:, None] * DV + f[None, :], acc, mask=inside[:, None] & (f < DV)[None, :])
+    else:
+        out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        at = y + batch * y_batch + (head * y_head + row.to(tl.int64) * y_row)[:, None] + f[None, :]
+        tl.store(at, out.to(y.dtype.element_ty), mask=inside[:, None] & (f < DV)[None, :])
+
+
+@triton.jit
+def joined(
+    y, part, tops, kv_heads, rows, y_batch, y_head, y_row,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One row of y from its parts, always in the same order."""
+    place = tl.program_id(0).to(tl.int64)
+    r = (place % (rows * GROUP)).to(tl.int32)
+    group = place // (rows * GROUP)
+    s = tl.arange(0, SPLITS)
+    e = tl.arange(0, BLOCK_DV)
+    top = tl.load(tops + (place * SPLITS + s) * 2)
+    total = tl.load(tops + (place * SPLITS + s) * 2 + 1)
+    sums = tl.load(part + (place * SPLITS + s)[:, None] * DV + e[None, :], mask=(e < DV)[None, :], other=0.0)
+    most = tl.max(top, 0)
+    weight = tl.exp2(top - tl.where(most == float("-inf"), 0.0, most))
+    whole = tl.sum(weight * total, 0)
+    out = tl.sum(sums * weight[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)
+    head = (group % kv_heads) * GROUP + r % GROUP
+    at = y + (group // kv_heads) * y_batch + head * y_head + (r // GROUP).to(tl.int64) * y_row
+    tl.store(at + e, out.to(y.dtype.element_ty), mask=e < DV)
