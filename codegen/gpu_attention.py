@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,20 +12,9 @@ MaskKind = Literal["none", "bool", "float"]
 Products = Literal["f32", "bf16", "f16"]
 POINTERS = {"f32": "*fp32", "bf16": "*bf16", "f16": "*fp16", "q8": "*u8", "q4": "*u8"}
 BYTES = {"f32": 4, "bf16": 2, "f16": 2}
-STRIDES = (
-    "y_batch",
-    "y_head",
-    "y_row",
-    "q_batch",
-    "q_head",
-    "q_row",
-    "k_batch",
-    "k_head",
-    "k_row",
-    "v_batch",
-    "v_head",
-)
-MASK_STRIDES = ("mask_batch", "mask_head", "mask_row", "mask_key")
+QUERY_STRIDES = ("q_batch", "q_head", "q_row")
+KEY_STRIDES = ("k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row")
+SCALARS = {"scale": "fp32", "softcap": "fp32", "window": "i32"}
 FEW_ROWS = 64
 """Queries times the heads that share a key, up to which the keys are split among programs."""
 MOST_SPLITS, KEYS_OF_A_SPLIT = 64, 128
@@ -73,28 +62,38 @@ def kernel(form: Form, tiles: Tiles, splits: int = 1, aligned: tuple[str, ...] =
     if (form.k in ("q8", "q4") or form.v in ("q8", "q4")) and form.k != form.v:
         raise ValueError(f"keys are {form.k} and values {form.v}, expected records of one kind")
     split = splits > 1
-    optional: dict[str, str | None] = {
-        "tops": "*fp32" if split else None,
-        "mask": None if form.mask == "none" else "*u8" if form.mask == "bool" else POINTERS[form.mask_type],
-        "past": "*i64" if form.past else None,
+    arguments = {
+        "y": "*fp32" if split else POINTERS[form.y], "tops": "*fp32" if split else None, "q": POINTERS[form.q],
+        "k": POINTERS[form.k], "v": POINTERS[form.v], "mask": mask_pointer(form), "past": "*i64" if form.past else None,
+        **dict.fromkeys(("kv_heads", "rows", "keys", "offset"), "i32"),
         **dict.fromkeys(("y_batch", "y_head", "y_row"), None if split else "i32"),
-        **dict.fromkeys(MASK_STRIDES, None if form.mask == "none" else "i32"),
-    }
-    pointers = {"y": "*fp32" if split else POINTERS[form.y], **{n: POINTERS[getattr(form, n)] for n in "qkv"}}
-    types: dict[str, str] = {}
-    for name in (*("y", "tops", "q", "k", "v", "mask", "past", "kv_heads", "rows", "keys", "offset"), *STRIDES, "v_row",
-                 *MASK_STRIDES, "scale", "softcap", "window"):  # fmt: skip
-        given = optional.get(name, pointers.get(name, "fp32" if name in ("scale", "softcap") else "i32"))
-        if given is not None:
-            types[name] = given
-    return Kernel(
-        text("attention"), "attention", types, _constants(form, tiles, splits) | dict.fromkeys(_absent(optional), 0),
-        tuple(name for name in aligned if name in types), tiles.warps, tiles.stages,
-    )  # fmt: skip
+        **dict.fromkeys((*QUERY_STRIDES, *KEY_STRIDES), "i32"), **mask_strides(form), **SCALARS,
+    }  # fmt: skip
+    return launched("attention", "attention", arguments, _constants(form, tiles, splits), tiles, aligned)
 
 
-def _absent(optional: dict[str, str | None]) -> list[str]:
-    return [name for name, given in optional.items() if given is None]
+def launched(
+    module: str,
+    function: str,
+    arguments: Mapping[str, str | None],
+    constants: Mapping[str, Constant],
+    tiles: Tiles,
+    aligned: tuple[str, ...],
+) -> Kernel:
+    """A kernel whose arguments without a type are absent: constants that it does not read."""
+    types = {name: given for name, given in arguments.items() if given is not None}
+    absent = {name: 0 for name, given in arguments.items() if given is None}
+    kept = tuple(name for name in aligned if name in types)
+    return Kernel(text(module), function, types, {**constants, **absent}, kept, tiles.warps, tiles.stages)
+
+
+def mask_pointer(form: Form) -> str | None:
+    return None if form.mask == "none" else "*u8" if form.mask == "bool" else POINTERS[form.mask_type]
+
+
+def mask_strides(form: Form) -> dict[str, str | None]:
+    names = ("mask_batch", "mask_head", "mask_row", "mask_key")
+    return dict.fromkeys(names, None if form.mask == "none" else "i32")
 
 
 def _constants(form: Form, tiles: Tiles, splits: int) -> dict[str, Constant]:

@@ -7,7 +7,8 @@ that a key is read once for all of them.
 import triton
 import triton.language as tl
 
-from sylvester.codegen.triton.attention_tiles import biased, cast_to, hidden, part_of, tile_rows, tiles_of, weighed
+from sylvester.codegen.triton.attention_scores import biased, hidden, weighed
+from sylvester.codegen.triton.attention_tiles import cast_to, packed, part_of, queries, tile_rows, tiles_of, write_rows
 
 
 @triton.jit
@@ -49,27 +50,16 @@ def attention(
     With SPLITS > 1, y is float32 [key heads of the batch, rows * GROUP, SPLITS, DV], sums before their division, and
     tops [..., SPLITS, 2] their greatest score and total weight.
     """
-    blocks = tl.cdiv(rows * GROUP, BLOCK_M)
-    block = blocks - 1 - tl.program_id(0) % blocks
-    group = tl.program_id(0) // blocks
-    split = tl.program_id(1)
-    batch = (group // kv_heads).to(tl.int64)
-    kv_head = (group % kv_heads).to(tl.int64)
-    r = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = r < rows * GROUP
-    row = r // GROUP
-    head = kv_head * GROUP + r % GROUP
+    block, group, batch, inside, row, head = packed(rows, kv_heads, BLOCK_M, GROUP)
     start = offset
     limit = keys
     if PAST:
         start += tl.load(past).to(tl.int32)
         limit = tl.minimum(keys, start + rows)
-    d = tl.arange(0, BLOCK_D)
-    x = tl.load(
-        q + batch * q_batch + (head * q_head + row.to(tl.int64) * q_row)[:, None] + d[None, :],
-        mask=inside[:, None] & (d < D)[None, :], other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    x = cast_to(x * (scale / softcap if CAPPED else scale * 1.4426950408889634), PRODUCTS)
+    factor = scale / softcap if CAPPED else scale * 1.4426950408889634
+    x = queries(q + batch * q_batch, q_row, q_head, row, head, inside, factor, D, BLOCK_D)
+    x = cast_to(x, PRODUCTS)
+    kv_head = (group % kv_heads).to(tl.int64)
     k += batch * k_batch + kv_head * k_head
     v += batch * v_batch + kv_head * v_head
     masks = 0
@@ -78,10 +68,8 @@ def attention(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    a, b, c, e = tiles_of(
-        block * BLOCK_M // GROUP, (tl.minimum((block + 1) * BLOCK_M, rows * GROUP) - 1) // GROUP, start, limit, window,
-        BLOCK_N, CAUSAL, WINDOWED,
-    )  # fmt: skip
+    a, b, c, e = tiles_of(block, rows, start, limit, window, BLOCK_M, BLOCK_N, GROUP, CAUSAL, WINDOWED)
+    split = tl.program_id(1)
     a, b, c, e = part_of(a, b, c, e, split, SPLITS)
     if WINDOWED:
         acc, top, total = over_tiles(
@@ -96,16 +84,15 @@ def attention(
         acc, top, total, x, c, e, k, v, masks, k_row, v_row, mask_key, row + start, limit, window, softcap,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED, PRECISION, True,
     )  # fmt: skip
-    f = tl.arange(0, BLOCK_DV)
     if SPLITS > 1:
+        r = block * BLOCK_M + tl.arange(0, BLOCK_M)
         place = (group.to(tl.int64) * rows * GROUP + r) * SPLITS + split
         tl.store(tops + place * 2, top, mask=inside)
         tl.store(tops + place * 2 + 1, total, mask=inside)
-        tl.store(y + place[:, None] * DV + f[None, :], acc, mask=inside[:, None] & (f < DV)[None, :])
+        write_rows(y, acc, DV, 0, place, head, inside, DV, BLOCK_DV)
     else:
         out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        at = y + batch * y_batch + (head * y_head + row.to(tl.int64) * y_row)[:, None] + f[None, :]
-        tl.store(at, out.to(y.dtype.element_ty), mask=inside[:, None] & (f < DV)[None, :])
+        write_rows(y + batch * y_batch, out, y_row, y_head, row, head, inside, DV, BLOCK_DV)
 
 
 @triton.jit

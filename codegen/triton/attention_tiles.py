@@ -1,12 +1,34 @@
-"""Tiles of keys and of scores, and the softmax over them as FlashAttention-2 (Dao, 2023) keeps it.
-
-Scores are times log2(e), so that weights are powers of two.
-"""
+"""Which rows a program of attention computes, over which tiles of keys, and how both are read."""
 
 import triton
 import triton.language as tl
 
-from sylvester.codegen.triton.pointwise import tanh
+
+@triton.jit
+def packed(rows, kv_heads, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
+    """What a program computes: its block of rows, its key head of the whole batch, its batch, and for its rows
+    [BLOCK_M] whether they exist, their query and their head. The blocks that see the most keys start first."""
+    blocks = tl.cdiv(rows * GROUP, BLOCK_M)
+    block = blocks - 1 - tl.program_id(0) % blocks
+    group = tl.program_id(0) // blocks
+    r = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = (group % kv_heads).to(tl.int64) * GROUP + r % GROUP
+    return block, group, (group // kv_heads).to(tl.int64), r < rows * GROUP, r // GROUP, head
+
+
+@triton.jit
+def queries(q, row_stride, head_stride, row, head, inside, factor, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """float32 [BLOCK_M, BLOCK_D] times a factor, zeros past D."""
+    d = tl.arange(0, BLOCK_D)
+    at = q + (head * head_stride + row.to(tl.int64) * row_stride)[:, None] + d[None, :]
+    return tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0).to(tl.float32) * factor
+
+
+@triton.jit
+def write_rows(y, out, row_stride, head_stride, row, head, inside, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+    e = tl.arange(0, BLOCK_DV)
+    at = y + (head * head_stride + row.to(tl.int64) * row_stride)[:, None] + e[None, :]
+    tl.store(at, out.to(y.dtype.element_ty), mask=inside[:, None] & (e < DV)[None, :])
 
 
 @triton.jit
@@ -49,8 +71,13 @@ def cast_to(x, PRODUCTS: tl.constexpr):
 
 
 @triton.jit
-def tiles_of(first, last, start, limit, window, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
-    """Tiles of keys for queries first .. last, a <= b <= c <= e: some of a .. e - 1 is seen, all of b .. c - 1."""
+def tiles_of(
+    block, rows, start, limit, window,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """Tiles of keys for a block of rows, a <= b <= c <= e: some of a .. e - 1 is seen, all of b .. c - 1."""
+    first = block * BLOCK_M // GROUP
+    last = (tl.minimum((block + 1) * BLOCK_M, rows * GROUP) - 1) // GROUP
     most, sure = limit, limit
     if CAUSAL:
         most = tl.minimum(limit, last + start + 1)
@@ -74,38 +101,3 @@ def part_of(a, b, c, e, split, SPLITS: tl.constexpr):
         a, b = low, tl.minimum(tl.maximum(b, low), high)
         c, e = tl.minimum(tl.maximum(c, low), high), high
     return a, b, c, e
-
-
-@triton.jit
-def biased(s, masks, at_key, j, held, softcap, CAPPED: tl.constexpr, MASK: tl.constexpr):
-    """Scores s [M, N] after their soft-cap, with the mask: `masks` are addresses of the rows [M]."""
-    if CAPPED:
-        s = softcap * 1.4426950408889634 * tanh(s)
-    if MASK != "none":
-        bias = tl.load(masks[:, None] + (j * at_key)[None, :], mask=held[None, :], other=0)
-        if MASK == "float":
-            s += 1.4426950408889634 * bias.to(tl.float32)
-        else:
-            s = tl.where(bias != 0, s, float("-inf"))
-    return s
-
-
-@triton.jit
-def hidden(s, j, held, position, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
-    """Scores s [M, N] of keys j, minus infinity where a query at `position` does not see them."""
-    seen = held[None, :]
-    if CAUSAL:
-        seen = seen & (j[None, :] <= position[:, None])
-    if WINDOWED:
-        seen = seen & (j[None, :] > position[:, None] - window)
-    return tl.where(seen, s, float("-inf"))
-
-
-@triton.jit
-def weighed(s, top, total):
-    """Scores [M, N] of one more tile -> their weights, what the sums so far shrink by, `top` and `total` [M]."""
-    new = tl.maximum(top, tl.max(s, 1))
-    base = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(s - base[:, None])
-    shrink = tl.exp2(top - base)
-    return p, shrink, new, total * shrink + tl.sum(p, 1)
