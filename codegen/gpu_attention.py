@@ -15,6 +15,11 @@ BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 QUERY_STRIDES = ("q_batch", "q_head", "q_row")
 KEY_STRIDES = ("k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row")
 SCALARS = {"scale": "fp32", "softcap": "fp32", "window": "i32"}
+SHARED = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
+"""Shared memory that a program may take."""
+LONG_HEADS = [(64, 8, 3), (32, 4, 3), (64, 4, 3), (64, 8, 2), (128, 8, 2), (32, 4, 2), (16, 4, 2)]
+SHORT_HEADS = [(64, 4, 3), (128, 8, 3), (128, 4, 2), (32, 4, 3), (64, 2, 3), (32, 2, 2)]
+"""Keys of a tile, warps and stages for few rows."""
 FEW_ROWS = 64
 """Queries times the heads that share a key, up to which the keys are split among programs."""
 MOST_SPLITS, KEYS_OF_A_SPLIT = 64, 128
@@ -144,29 +149,29 @@ def splits_for(form: Form, batch: int, kv_heads: int, rows: int, keys: int, proc
     return splits
 
 
-def space(form: Form, rows: int, shared: int) -> list[Tiles]:
-    """Tiles for `rows` queries that fit in `shared` bytes of shared memory; the first is the default."""
-    return [tiles for tiles in _candidates(form, rows) if shared_bytes(form, tiles) <= shared]
+def space(form: Form, rows: int, arch: str) -> list[Tiles]:
+    """Tiles for `rows` queries that fit in the shared memory of an architecture; the first is the default."""
+    return [tiles for tiles in _candidates(form, rows) if _shared_bytes(form, tiles, arch) <= SHARED[arch]]
 
 
 def _candidates(form: Form, rows: int) -> Iterator[Tiles]:
-    packed = rows * form.group
+    packed, wide = rows * form.group, max(form.d, form.dv) > 64
     if packed <= FEW_ROWS:
         height = max(16, 1 << (packed - 1).bit_length())
-        sizes = [(64, 4, 3), (128, 4, 2), (32, 4, 3), (64, 2, 3), (128, 8, 3), (32, 2, 2), (32, 4, 2), (16, 2, 2)]
-        yield from (Tiles(height, *size) for size in sizes)
-        return
-    if max(form.d, form.dv) > 64:
-        sizes4 = [(128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2), (64, 32, 4, 2)]
+        found = [(height, *size) for size in (LONG_HEADS if wide else SHORT_HEADS)]
+    elif form.products == "f32":
+        found = [(32, 32, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)] if wide else [(128, 32, 8, 2), (64, 32, 4, 2)]
+    elif wide:
+        found = [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2), (64, 32, 4, 2)]
     else:
-        sizes4 = [(128, 64, 4, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 4), (64, 64, 4, 3), (128, 128, 4, 2)]
-    if form.products == "f32":
-        sizes4 = [(64, 32, 4, 2), (64, 64, 4, 2), (128, 32, 8, 2), (128, 64, 8, 2), (64, 32, 4, 3)]
-    yield from (Tiles(*size) for size in (*sizes4, (64, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)))
+        found = [(128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 4), (64, 64, 4, 3)]
+    yield from (Tiles(*size) for size in (*found, (32, 32, 4, 1), (16, 16, 4, 1)))
 
 
-def shared_bytes(form: Form, tiles: Tiles) -> int:
-    """About what a program keeps in shared memory: queries, and keys and values for every stage but one."""
-    size = BYTES[form.products]
-    wide = tiles.keys * (block(form.d) + block(form.dv))
-    return size * (tiles.rows * block(form.d) + wide * max(1, tiles.stages - 1))
+def _shared_bytes(form: Form, tiles: Tiles, arch: str) -> int:
+    """About what a program keeps in shared memory: queries, and keys and values of the stages under way."""
+    three = form.products == "f32"
+    queries = tiles.rows * block(form.d) * BYTES[form.products]
+    keys = tiles.keys * (block(form.d) + block(form.dv)) * BYTES.get(form.k, 2)
+    stages = max(1, tiles.stages - (arch != "sm_90"))
+    return queries * (2 if three else 1) + keys * stages + (keys // 2 if three else 0)

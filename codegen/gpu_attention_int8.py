@@ -12,6 +12,7 @@ from sylvester.codegen.gpu_attention import (
     POINTERS,
     QUERY_STRIDES,
     SCALARS,
+    SHARED,
     Form,
     Tiles,
     block,
@@ -100,14 +101,14 @@ def packing_grid(batch: int, kv_heads: int, keys: int) -> tuple[int, int]:
     return room(keys) // PACKED_ROWS, batch * kv_heads
 
 
-def space(form: Form, values: str, shared: int) -> list[Tiles]:
-    """Tiles that fit in `shared` bytes of shared memory; the first is the default."""
-    wide = max(form.d, form.dv) > 64
-    found = [(128, 64, 8 if wide else 4, 3), (128, 128, 8, 3), (128, 64, 8 if wide else 4, 4), (128, 64, 4, 2)]
-    found += [(64, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)]
-    return [tiles for size in found if _shared(form, values, tiles := Tiles(*size)) <= shared]
+def space(form: Form, values: str, arch: str) -> list[Tiles]:
+    """Tiles that fit in the shared memory of an architecture; the first is the default."""
+    found = [(64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2), (64, 128, 8, 3), (64, 32, 4, 3), (32, 32, 4, 1)]
+    if max(form.d, form.dv) <= 64:
+        found = [(128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 3), (64, 64, 4, 4), (64, 128, 4, 3), (64, 32, 4, 2)]
+    return [tiles for size in found if _shared_bytes(form, values, tiles := Tiles(*size), arch) <= SHARED[arch]]
 
 
-def _shared(form: Form, values: str, tiles: Tiles) -> int:
+def _shared_bytes(form: Form, values: str, tiles: Tiles, arch: str) -> int:
     stage = tiles.keys * (block(form.d) + block(form.dv) * (1 if values == "fp8" else 2))
-    return tiles.rows * block(form.d) + stage * max(1, tiles.stages - 1)
+    return tiles.rows * block(form.d) + stage * max(1, tiles.stages - (arch != "sm_90")) * 5 // 4

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sylvester.backends.cuda.compile import build
 from sylvester.codegen import gpu_attention_int8 as family
-from sylvester.codegen.gpu_attention import Form, Tiles, grid
+from sylvester.codegen.gpu_attention import SHARED, Form, Tiles, grid
+from sylvester.compiler.errors import CompileError
 from sylvester.compiler.ops import attention
 from sylvester.compiler.quantized_ops import attention_int8
 from tests.gpu import builds, run
@@ -132,17 +134,27 @@ def test_caches_and_masks():
     assert error(y, attention_int8(*held)) <= ALLOWED["fp8"]
 
 
-@pytest.mark.parametrize(("values", "architectures"), [("f16", ("sm_80",)), ("fp8", ("sm_89", "sm_90"))])
-def test_machine_code(values, architectures):
+ARITHMETIC = [("sm_80", "f16"), ("sm_89", "fp8"), ("sm_90", "fp8")]
+
+
+@pytest.mark.parametrize(("arch", "values"), ARITHMETIC)
+def test_machine_code(arch, values):
     form = Form(64, 64, 4, y="bf16", q="bf16", k="bf16", v="bf16")
-    builds(family.packing(form, values), architectures[-1:])
-    builds(family.kernel(form, values, family.space(form, values, 99 * 1024)[0], ("y", "q")), architectures)
+    builds(family.packing(form, values), (arch,))
+    builds(family.kernel(form, values, family.space(form, values, arch)[0], ("y", "q")), (arch,))
+
+
+def test_float8_needs_sm_89():
+    form = Form(64, 64)
+    with pytest.raises(CompileError, match="attention_int8 for sm_80"):
+        builds(family.kernel(form, "fp8", SMALL), ("sm_80",))
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("values", "architectures"), [("f16", ("sm_80",)), ("fp8", ("sm_89", "sm_90"))])
-def test_machine_code_of_all_tiles(values, architectures):
-    form = Form(128, 128, 4, windowed=True, capped=True, mask="bool", past=True)
-    builds(family.summary(form), architectures)
-    for tiles in family.space(form, values, 99 * 1024):
-        builds(family.kernel(form, values, tiles), architectures)
+@pytest.mark.parametrize(("arch", "values"), ARITHMETIC)
+@pytest.mark.parametrize("d", [64, 128])
+def test_machine_code_of_all_tiles(d, arch, values):
+    form = Form(d, d, 4, windowed=True, capped=True, mask="bool", past=True)
+    builds(family.summary(form), (arch,))
+    for tiles in family.space(form, values, arch):
+        assert build(family.kernel(form, values, tiles), arch).shared <= SHARED[arch]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sylvester.codegen.gpu_attention import Form, kernel, space
+from sylvester.backends.cuda.compile import ARCHITECTURES, build
+from sylvester.codegen.gpu_attention import SHARED, Form, kernel, space
 from sylvester.codegen.gpu_caches import grid, kv_update
 from sylvester.compiler import cache_ops, ops
 from tests.gpu import builds, run
@@ -70,7 +71,7 @@ def test_attention_over_records(bits, splits):
 
 def test_records_of_two_kinds():
     with pytest.raises(ValueError, match="keys are q8 and values q4"):
-        kernel(Form(64, 64, k="q8", v="q4"), space(Form(64, 64), 1, 1 << 16)[0])
+        kernel(Form(64, 64, k="q8", v="q4"), space(Form(64, 64), 1, "sm_90")[0])
 
 
 @pytest.mark.parametrize(("stored", "arch"), [("q4", "sm_80"), ("q8", "sm_89"), ("bf16", "sm_90")])
@@ -80,7 +81,9 @@ def test_machine_code(stored, arch):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("stored", ["q4", "q8"])
-def test_machine_code_of_attention_over_records(stored):
-    form = Form(128, 128, 4, k=stored, v=stored, past=True, products="bf16")
-    for tiles in space(form, 1, 99 * 1024):
-        builds(kernel(form, tiles, 8))
+@pytest.mark.parametrize("products", ["bf16", "f32"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_machine_code_of_attention_over_records(stored, products, arch):
+    form = Form(128, 128, 4, k=stored, v=stored, past=True, products=products)
+    for tiles in space(form, 1, arch):
+        assert build(kernel(form, tiles, 8), arch).shared <= SHARED[arch]
