@@ -29,6 +29,8 @@ MOST_SPLITS, KEYS_OF_A_SPLIT = 64, 128
 class Form:
     """What is fixed when an attention is compiled; the head sizes are any, `group` heads share a key head.
 
+    `tree`: the queries are a tree of tokens, of which `ancestry` finds the ancestors.
+
     `k` and `v` are float types or records "q8", "q4" (compiler/cache_ops.py). `products` are what tensor cores
     multiply: "f32" as three products of tf32, which is about as exact as float32.
     """
@@ -46,6 +48,7 @@ class Form:
     windowed: bool = False
     capped: bool = False
     past: bool = False
+    tree: bool = False
     products: Products = "f32"
 
 
@@ -66,10 +69,13 @@ def kernel(form: Form, tiles: Tiles, splits: int = 1, aligned: tuple[str, ...] =
     """
     if (form.k in ("q8", "q4") or form.v in ("q8", "q4")) and form.k != form.v:
         raise ValueError(f"keys are {form.k} and values {form.v}, expected records of one kind")
+    if form.tree and (form.mask != "none" or not form.past):
+        raise ValueError("a tree of queries needs `past` and takes no mask")
     split = splits > 1
     arguments = {
         "y": "*fp32" if split else POINTERS[form.y], "tops": "*fp32" if split else None, "q": POINTERS[form.q],
         "k": POINTERS[form.k], "v": POINTERS[form.v], "mask": mask_pointer(form), "past": "*i64" if form.past else None,
+        "tree": "*u8" if form.tree else None, "depths": "*i64" if form.tree else None,
         **dict.fromkeys(("kv_heads", "rows", "keys", "offset"), "i32"),
         **dict.fromkeys(("y_batch", "y_head", "y_row"), None if split else "i32"),
         **dict.fromkeys((*QUERY_STRIDES, *KEY_STRIDES), "i32"), **mask_strides(form), **SCALARS,
@@ -107,8 +113,14 @@ def _constants(form: Form, tiles: Tiles, splits: int) -> dict[str, Constant]:
         "BLOCK_N": tiles.keys, "GROUP": form.group, "SPLITS": splits, "CAUSAL": form.causal,
         "WINDOWED": form.windowed, "CAPPED": form.capped, "MASK": form.mask, "PAST": form.past,
         "PRODUCTS": form.products, "STORED": form.k if form.k in ("q8", "q4") else "plain",
-        "PRECISION": "tf32x3" if form.products == "f32" else "tf32",
+        "PRECISION": "tf32x3" if form.products == "f32" else "tf32", "TREE": form.tree,
     }  # fmt: skip
+
+
+def ancestry(most: int) -> Kernel:
+    """The ancestors of up to `most` tokens, bytes [rows, rows], from their depths; one program."""
+    types = {"tree": "*u8", "depths": "*i64", "rows": "i32"}
+    return Kernel(text("attention"), "ancestors", types, {"BLOCK": block(most)}, warps=1)
 
 
 def joining(form: Form, splits: int) -> Kernel:

@@ -10,6 +10,7 @@ from sylvester.codegen.gpu_attention import (
     SHARED,
     Form,
     Tiles,
+    ancestry,
     grid,
     joining,
     joining_grid,
@@ -40,7 +41,9 @@ def strides_of(prefix, x, names=("batch", "head", "row")):
     return {f"{prefix}_{name}": stride for name, stride in zip(names, x.stride(), strict=False)}
 
 
-def compute(form, q, k, v, mask=None, past=None, scale=0.3, window=0, softcap=0.0, offset=0, splits=1, tiles=SMALL):
+def compute(
+    form, q, k, v, mask=None, past=None, scale=0.3, window=0, softcap=0.0, offset=0, splits=1, tiles=SMALL, **more
+):
     """y by the kernels, which write into a view with strides of its own."""
     batch, heads, rows, _ = q.shape
     kv_heads = k.shape[1]
@@ -50,13 +53,14 @@ def compute(form, q, k, v, mask=None, past=None, scale=0.3, window=0, softcap=0.
     given = {
         "y": part if splits > 1 else flat(y), "tops": tops, "q": flat(q), "k": flat(k), "v": flat(v), "past": past,
         "kv_heads": kv_heads, "rows": rows, "keys": k.shape[2], "offset": offset, "scale": scale, "softcap": softcap,
-        "window": window, **strides_of("y", y), **strides_of("q", q), **strides_of("k", k), **strides_of("v", v),
+        "window": window, **more,
+        **strides_of("y", y), **strides_of("q", q), **strides_of("k", k), **strides_of("v", v),
     }  # fmt: skip
     if whole is not None:
         given["mask"] = flat(whole.view(torch.uint8) if whole.dtype == torch.bool else whole)
         given |= strides_of("mask", whole, ("batch", "head", "row", "key"))
-    made = kernel(form, tiles, splits)
-    run(made, grid(form, tiles, splits, batch, kv_heads, rows), **{name: given[name] for name in made.types})
+    made = kernel(form, SMALL, splits)
+    run(made, grid(form, SMALL, splits, batch, kv_heads, rows), **{name: given[name] for name in made.types})
     if splits > 1:
         places = {**strides_of("y", y), "kv_heads": kv_heads, "rows": rows}
         last = joining(form, splits)
@@ -119,6 +123,24 @@ def test_caches_are_read_up_to_the_last_query(past, stored):
     torch.testing.assert_close(y.double(), expected(form, q, k, v, past=at), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("window", "splits"), [(0, 1), (6, 2)])
+def test_a_tree_of_queries(window, splits):
+    q, k, v = padded(1, 4, 7, 16), padded(1, 2, 64, 16), padded(1, 2, 64, 16)
+    depths, past = torch.tensor([0, 1, 2, 2, 1, 2, 1]), torch.tensor(29)
+    tree = torch.empty(7, 7, dtype=torch.uint8)
+    run(ancestry(7), (1,), tree=tree, depths=depths, rows=7)
+    form = Form(16, 16, 2, past=True, tree=True, windowed=window > 0)
+    y = compute(form, q, k, v, past=past.reshape(1), window=window, splits=splits, tree=tree, depths=depths)
+    wide = (x.double() for x in (q, k, v))
+    expected = attention(*wide, None, past, 0.3, True, window, depths=depths)
+    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tree_of_queries_takes_no_mask():
+    with pytest.raises(ValueError, match="a tree of queries needs `past` and takes no mask"):
+        kernel(Form(16, 16, past=True, tree=True, mask="bool"), SMALL)
+
+
 @pytest.mark.parametrize("products", ["bf16", "f16"])
 def test_products_of_16_bits(products):
     q, k, v = (padded(1, 2, 40, 32, dtype=products) for _ in range(3))
@@ -171,7 +193,7 @@ def test_machine_code(form, rows, splits, architectures):
 EVERY = [
     Form(128, 128, 8, "bf16", "bf16", "bf16", "bf16", windowed=True, products="bf16"),
     Form(96, 64, 2, "f16", "f16", "f16", "f16", mask="float", capped=True, causal=False, products="f16"),
-    Form(64, 64, 4, past=True),
+    Form(64, 64, 4, past=True, tree=True, windowed=True),
     Form(128, 128, 4, k="bf16", v="bf16", past=True),
     Form(256, 256, 4, mask="bool", past=True),
 ]

@@ -7,16 +7,17 @@ that a key is read once for all of them.
 import triton
 import triton.language as tl
 
-from sylvester.codegen.triton.attention_scores import biased, hidden, weighed
+from sylvester.codegen.triton.attention_scores import biased, hidden, in_tree, weighed
 from sylvester.codegen.triton.attention_tiles import cast_to, packed, part_of, queries, tile_rows, tiles_of, write_rows
 
 
 @triton.jit
 def over_tiles(
-    acc, top, total, x, first, last, k, v, masks, k_row, v_row, mask_key, position, limit, window, softcap,
+    acc, top, total, x, first, last, k, v, masks, k_row, v_row, mask_key, row, start, limit, window, softcap,
+    tree, depths, rows,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, MASK: tl.constexpr, PRODUCTS: tl.constexpr,
-    STORED: tl.constexpr, PRECISION: tl.constexpr, CHECKED: tl.constexpr,
+    STORED: tl.constexpr, PRECISION: tl.constexpr, TREE: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """The sums acc [M, DV] and total [M] with the tiles first .. last - 1 of keys; all are seen unless CHECKED."""
     for tile in range(first, last):
@@ -27,7 +28,9 @@ def over_tiles(
         s = tl.dot(x, tl.trans(key), input_precision=PRECISION)
         s = biased(s, masks, mask_key, j, held, softcap, CAPPED, MASK)
         if CHECKED:
-            s = hidden(s, j, held, position, window, CAUSAL, WINDOWED)
+            s = hidden(s, j, held, row + start, window, CAUSAL and not TREE, WINDOWED and not TREE)
+        if CHECKED and TREE:
+            s = in_tree(s, tree, depths, row, start, rows, j, window, WINDOWED)
         p, shrink, top, total = weighed(s, top, total)
         value = cast_to(tile_rows(v + at * v_row, v_row, held, DV, BLOCK_DV, BLOCK_N, STORED, CHECKED), PRODUCTS)
         acc = tl.dot(cast_to(p, PRODUCTS), value, acc * shrink[:, None], input_precision=PRECISION)
@@ -36,16 +39,17 @@ def over_tiles(
 
 @triton.jit
 def attention(
-    y, tops, q, k, v, mask, past,
+    y, tops, q, k, v, mask, past, tree, depths,
     kv_heads, rows, keys, offset,
     y_batch, y_head, y_row, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_key, scale, softcap, window,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr, MASK: tl.constexpr, PAST: tl.constexpr, PRODUCTS: tl.constexpr, STORED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, TREE: tl.constexpr,
 ):  # fmt: skip
-    """Query i stands at `offset` + *past + i and, with PAST, there are keys up to the last query.
+    """Query i stands at `offset` + *past + i and, with PAST, there are keys up to the last query. With TREE the queries
+    are a tree of tokens, with their ancestors in `tree` [rows, rows] and their depths.
 
     With SPLITS > 1, y is float32 [key heads of the batch, rows * GROUP, SPLITS, DV], sums before their division, and
     tops [..., SPLITS, 2] their greatest score and total weight.
@@ -68,21 +72,24 @@ def attention(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    a, b, c, e = tiles_of(block, rows, start, limit, window, BLOCK_M, BLOCK_N, GROUP, CAUSAL, WINDOWED)
+    a, b, c, e = tiles_of(block, rows, start, limit, window, BLOCK_M, BLOCK_N, GROUP, CAUSAL, WINDOWED, TREE)
     split = tl.program_id(1)
     a, b, c, e = part_of(a, b, c, e, split, SPLITS)
     if WINDOWED:
         acc, top, total = over_tiles(
-            acc, top, total, x, a, b, k, v, masks, k_row, v_row, mask_key, row + start, limit, window, softcap,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED, PRECISION, True,
+            acc, top, total, x, a, b, k, v, masks, k_row, v_row, mask_key, row, start, limit, window, softcap,
+            tree, depths, rows, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED,
+            PRECISION, TREE, True,
         )  # fmt: skip
     acc, top, total = over_tiles(
-        acc, top, total, x, b, c, k, v, masks, k_row, v_row, mask_key, row + start, limit, window, softcap,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED, PRECISION, False,
+        acc, top, total, x, b, c, k, v, masks, k_row, v_row, mask_key, row, start, limit, window, softcap,
+        tree, depths, rows, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED,
+        PRECISION, TREE, False,
     )  # fmt: skip
     acc, top, total = over_tiles(
-        acc, top, total, x, c, e, k, v, masks, k_row, v_row, mask_key, row + start, limit, window, softcap,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED, PRECISION, True,
+        acc, top, total, x, c, e, k, v, masks, k_row, v_row, mask_key, row, start, limit, window, softcap,
+        tree, depths, rows, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED,
+        PRECISION, TREE, True,
     )  # fmt: skip
     if SPLITS > 1:
         r = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -116,3 +123,15 @@ def joined(
     head = (group % kv_heads) * GROUP + r % GROUP
     at = y + (group // kv_heads) * y_batch + head * y_head + (r // GROUP).to(tl.int64) * y_row
     tl.store(at + e, out.to(y.dtype.element_ty), mask=e < DV)
+
+
+@triton.jit
+def ancestors(tree, depths, rows, BLOCK: tl.constexpr):
+    """tree [rows, rows] of the depths of tokens in preorder: token j is i, or all after it up to i are deeper."""
+    i = tl.arange(0, BLOCK)
+    least = tl.full([BLOCK], 2147483647, tl.int32)
+    for back in range(rows):
+        j = rows - 1 - back
+        depth = tl.load(depths + j).to(tl.int32)
+        tl.store(tree + i * rows + j, ((i == j) | ((i > j) & (least > depth))).to(tl.uint8), mask=i < rows)
+        least = tl.where(i >= j, tl.minimum(least, depth), least)

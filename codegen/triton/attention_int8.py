@@ -164,7 +164,7 @@ def attention_int8(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    a, b, c, e = tiles_of(block, rows, start, limit, window, BLOCK_M, BLOCK_N, GROUP, CAUSAL, WINDOWED)
+    a, b, c, e = tiles_of(block, rows, start, limit, window, BLOCK_M, BLOCK_N, GROUP, CAUSAL, WINDOWED, False)
     if WINDOWED:
         acc, top, total = over_tiles8(
             acc, top, total, x, step, shift, a, b, keys8, key_scales, values8, masks, room, mask_key, row + start,

@@ -35,6 +35,22 @@ def hidden(s, j, held, position, window, CAUSAL: tl.constexpr, WINDOWED: tl.cons
 
 
 @triton.jit
+def in_tree(s, tree, depths, row, start, rows, j, window, WINDOWED: tl.constexpr):
+    """Scores s [M, N] of keys j, minus infinity where a token of a tree does not see them: those from `start` on are of
+    its tokens, of which each sees what `tree` [rows, rows] says; it stands at start plus its depth."""
+    t = j - start
+    inner = (t >= 0) & (t < rows)
+    own = row < rows
+    seen = tl.load(tree + row[:, None] * rows + t[None, :], mask=inner[None, :] & own[:, None], other=0) != 0
+    seen = seen | (t < 0)[None, :]
+    if WINDOWED:
+        place = tl.where(inner, start + tl.load(depths + t, mask=inner, other=0).to(tl.int32), j)
+        position = start + tl.load(depths + row, mask=own, other=0).to(tl.int32)
+        seen = seen & (place[None, :] > position[:, None] - window)
+    return tl.where(seen, s, float("-inf"))
+
+
+@triton.jit
 def weighed(s, top, total):
     """Scores [M, N] of one more tile -> their weights, what the sums so far shrink by, `top` and `total` [M]."""
     new = tl.maximum(top, tl.max(s, 1))

@@ -74,12 +74,19 @@ def cast_to(x, PRODUCTS: tl.constexpr):
 def tiles_of(
     block, rows, start, limit, window,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    TREE: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of keys for a block of rows, a <= b <= c <= e: some of a .. e - 1 is seen, all of b .. c - 1."""
+    """Tiles of keys for a block of rows, a <= b <= c <= e: some of a .. e - 1 is seen, all of b .. c - 1.
+
+    Tokens of a TREE stand at `start` or after it, and all see the keys before it.
+    """
     first = block * BLOCK_M // GROUP
     last = (tl.minimum((block + 1) * BLOCK_M, rows * GROUP) - 1) // GROUP
     most, sure = limit, limit
-    if CAUSAL:
+    if TREE:
+        first = 0
+        sure = tl.minimum(limit, start)
+    elif CAUSAL:
         most = tl.minimum(limit, last + start + 1)
         sure = tl.minimum(limit, first + start + 1)
     e = tl.cdiv(tl.maximum(most, 0), BLOCK_N)
