@@ -181,9 +181,14 @@ def _candidates(form: Form, rows: int) -> Iterator[Tiles]:
 
 
 def _shared_bytes(form: Form, tiles: Tiles, arch: str) -> int:
-    """About what a program keeps in shared memory: queries, and keys and values of the stages under way."""
+    """About what a program keeps in shared memory: queries, keys and values of the stages under way, and a mask."""
     three = form.products == "f32"
     queries = tiles.rows * block(form.d) * BYTES[form.products]
     keys = tiles.keys * (block(form.d) + block(form.dv)) * BYTES.get(form.k, 2)
     stages = max(1, tiles.stages - (arch != "sm_90"))
-    return queries * (2 if three else 1) + keys * stages + (keys // 2 if three else 0)
+    return queries * (2 if three else 1) + keys * stages + (keys // 2 if three else 0) + mask_bytes(form, tiles)
+
+
+def mask_bytes(form: Form, tiles: Tiles) -> int:
+    """Shared memory through which the mask of a tile comes to the threads that need it."""
+    return 0 if form.mask == "none" else tiles.rows * tiles.keys * 4

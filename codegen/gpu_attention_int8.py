@@ -17,6 +17,7 @@ from sylvester.codegen.gpu_attention import (
     Tiles,
     block,
     launched,
+    mask_bytes,
     mask_pointer,
     mask_strides,
 )
@@ -111,4 +112,5 @@ def space(form: Form, values: str, arch: str) -> list[Tiles]:
 
 def _shared_bytes(form: Form, values: str, tiles: Tiles, arch: str) -> int:
     stage = tiles.keys * (block(form.d) + block(form.dv) * (1 if values == "fp8" else 2))
-    return tiles.rows * block(form.d) + stage * max(1, tiles.stages - (arch != "sm_90")) * 5 // 4
+    stages = max(1, tiles.stages - (arch != "sm_90"))
+    return tiles.rows * block(form.d) + stage * stages * 5 // 4 + mask_bytes(form, tiles)
