@@ -19,7 +19,8 @@ from sylvester.codegen.gpu_attention import (
     space,
     splits_for,
 )
-from sylvester.compiler.ops import attention
+from sylvester.compiler.ops import attention, sample
+from sylvester.compiler.quantized_ops import attention_bf16
 from tests.gpu import builds, run
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -173,6 +174,24 @@ def test_splits_fill_the_device():
     assert splits_for(form, 64, 8, 1, 4096, 132) == 1
     assert splits_for(form, 1, 8, 1, 300, 132) == 2
     assert splits_for(form, 1, 8, 512, 4096, 132) == 1
+
+
+EXAMPLES = [(op, n) for op in (attention, attention_bf16) for n in range(len(op.examples))]
+
+
+@pytest.mark.parametrize(("op", "number"), EXAMPLES, ids=[f"{op.name} {n}" for op, n in EXAMPLES])
+def test_examples_of_the_dialect(op, number):
+    q, k, v, mask, past, scale, causal, window, *cap = sample(op.examples[number])
+    short = op is attention_bf16
+    form = Form(
+        q.shape[3], v.shape[3], q.shape[1] // k.shape[1], mask="none" if mask is None else "float", causal=causal,
+        windowed=window > 0, capped=bool(cap), past=past is not None, products="bf16" if short else "f32",
+    )  # fmt: skip
+    at = None if past is None else past.reshape(1)
+    y = compute(form, q, k, v, mask, at, scale, window, *cap)
+    expected = op.reference(*(x.double() for x in (q, k, v)), mask, past, scale, causal, window, *cap)
+    tolerance = 3e-2 if short else 1e-5
+    torch.testing.assert_close(y.double(), expected, atol=tolerance, rtol=tolerance)
 
 
 BUILT = {

@@ -69,6 +69,19 @@ def test_attention_over_records(bits, splits):
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_examples_of_the_dialect(number):
+    q, k, v, mask, past, scale, causal, window, softcap, bits = ops.sample(cache_ops.attention_q.examples[number])
+    form = Form(
+        q.shape[3], q.shape[3], q.shape[1] // k.shape[1], k=f"q{bits}", v=f"q{bits}", causal=causal,
+        mask="none" if mask is None else "float", capped=softcap > 0, past=past is not None,
+    )  # fmt: skip
+    at = None if past is None else past.reshape(1)
+    y = compute(form, q, k, v, mask, at, scale, window, softcap)
+    given = (q.double(), k, v, mask, past, scale, causal, window, softcap, bits)
+    torch.testing.assert_close(y.double(), cache_ops.attention_q.reference(*given), atol=1e-5, rtol=1e-5)
+
+
 def test_records_of_two_kinds():
     with pytest.raises(ValueError, match="keys are q8 and values q4"):
         kernel(Form(64, 64, k="q8", v="q4"), space(Form(64, 64), 1, "sm_90")[0])
