@@ -29,7 +29,8 @@ MOST_SPLITS, KEYS_OF_A_SPLIT = 64, 128
 class Form:
     """What is fixed when an attention is compiled; the head sizes are any, `group` heads share a key head.
 
-    `tree`: the queries are a tree of tokens, of which `ancestry` finds the ancestors.
+    `tree`: the queries are a tree of tokens, of which `ancestry` finds the ancestors. `shared`: some keys are common to
+    the batch.
 
     `k` and `v` are float types or records "q8", "q4" (compiler/cache_ops.py). `products` are what tensor cores
     multiply: "f32" as three products of tf32, which is about as exact as float32.
@@ -49,6 +50,7 @@ class Form:
     capped: bool = False
     past: bool = False
     tree: bool = False
+    shared: bool = False
     products: Products = "f32"
 
 
@@ -76,6 +78,7 @@ def kernel(form: Form, tiles: Tiles, splits: int = 1, aligned: tuple[str, ...] =
         "y": "*fp32" if split else POINTERS[form.y], "tops": "*fp32" if split else None, "q": POINTERS[form.q],
         "k": POINTERS[form.k], "v": POINTERS[form.v], "mask": mask_pointer(form), "past": "*i64" if form.past else None,
         "tree": "*u8" if form.tree else None, "depths": "*i64" if form.tree else None,
+        "shared": "*i64" if form.shared else None,
         **dict.fromkeys(("kv_heads", "rows", "keys", "offset"), "i32"),
         **dict.fromkeys(("y_batch", "y_head", "y_row"), None if split else "i32"),
         **dict.fromkeys((*QUERY_STRIDES, *KEY_STRIDES), "i32"), **mask_strides(form), **SCALARS,
@@ -114,6 +117,7 @@ def _constants(form: Form, tiles: Tiles, splits: int) -> dict[str, Constant]:
         "WINDOWED": form.windowed, "CAPPED": form.capped, "MASK": form.mask, "PAST": form.past,
         "PRODUCTS": form.products, "STORED": form.k if form.k in ("q8", "q4") else "plain",
         "PRECISION": "tf32x3" if form.products == "f32" else "tf32", "TREE": form.tree,
+        "SHARED": form.shared,
     }  # fmt: skip
 
 

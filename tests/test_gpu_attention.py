@@ -137,6 +137,17 @@ def test_a_tree_of_queries(window, splits):
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shared", [0, 21])
+def test_keys_that_the_batch_shares(shared):
+    q, k, v = padded(3, 4, 2, 16), padded(3, 2, 40, 16), padded(3, 2, 40, 16)
+    past, first = torch.tensor(30), torch.tensor(shared)
+    form = Form(16, 16, 2, past=True, shared=True)
+    y = compute(form, q, k, v, past=past.reshape(1), shared=first.reshape(1))
+    wide = (x.double() for x in (q, k, v))
+    expected = attention(*wide, None, past, 0.3, True, 0, shared=first)
+    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_tree_of_queries_takes_no_mask():
     with pytest.raises(ValueError, match="a tree of queries needs `past` and takes no mask"):
         kernel(Form(16, 16, past=True, tree=True, mask="bool"), SMALL)
@@ -213,7 +224,7 @@ EVERY = [
     Form(128, 128, 8, "bf16", "bf16", "bf16", "bf16", windowed=True, products="bf16"),
     Form(96, 64, 2, "f16", "f16", "f16", "f16", mask="float", capped=True, causal=False, products="f16"),
     Form(64, 64, 4, past=True, tree=True, windowed=True),
-    Form(128, 128, 4, k="bf16", v="bf16", past=True),
+    Form(128, 128, 4, k="bf16", v="bf16", past=True, shared=True),
     Form(256, 256, 4, mask="bool", past=True),
 ]
 

@@ -14,17 +14,22 @@ from sylvester.codegen.triton.attention_tiles import cast_to, packed, part_of, q
 @triton.jit
 def over_tiles(
     acc, top, total, x, first, last, k, v, masks, k_row, v_row, mask_key, row, start, limit, window, softcap,
-    tree, depths, rows,
+    tree, depths, rows, shared, k_batch, v_batch,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, MASK: tl.constexpr, PRODUCTS: tl.constexpr,
-    STORED: tl.constexpr, PRECISION: tl.constexpr, TREE: tl.constexpr, CHECKED: tl.constexpr,
+    STORED: tl.constexpr, PRECISION: tl.constexpr, TREE: tl.constexpr, SHARED: tl.constexpr,
+    CHECKED: tl.constexpr,
 ):  # fmt: skip
     """The sums acc [M, DV] and total [M] with the tiles first .. last - 1 of keys; all are seen unless CHECKED."""
     for tile in range(first, last):
         at = tl.cast(tile, tl.int64) * BLOCK_N
         j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         held = j < limit
-        key = cast_to(tile_rows(k + at * k_row, k_row, held, D, BLOCK_D, BLOCK_N, STORED, CHECKED), PRODUCTS)
+        keys, values = k + at * k_row, v + at * v_row
+        if SHARED:
+            keys -= tl.where(j < shared, k_batch, 0)[:, None]
+            values -= tl.where(j < shared, v_batch, 0)[:, None]
+        key = cast_to(tile_rows(keys, k_row, held, D, BLOCK_D, BLOCK_N, STORED, CHECKED), PRODUCTS)
         s = tl.dot(x, tl.trans(key), input_precision=PRECISION)
         s = biased(s, masks, mask_key, j, held, softcap, CAPPED, MASK)
         if CHECKED:
@@ -32,24 +37,25 @@ def over_tiles(
         if CHECKED and TREE:
             s = in_tree(s, tree, depths, row, start, rows, j, window, WINDOWED)
         p, shrink, top, total = weighed(s, top, total)
-        value = cast_to(tile_rows(v + at * v_row, v_row, held, DV, BLOCK_DV, BLOCK_N, STORED, CHECKED), PRODUCTS)
+        value = cast_to(tile_rows(values, v_row, held, DV, BLOCK_DV, BLOCK_N, STORED, CHECKED), PRODUCTS)
         acc = tl.dot(cast_to(p, PRODUCTS), value, acc * shrink[:, None], input_precision=PRECISION)
     return acc, top, total
 
 
 @triton.jit
 def attention(
-    y, tops, q, k, v, mask, past, tree, depths,
+    y, tops, q, k, v, mask, past, tree, depths, shared,
     kv_heads, rows, keys, offset,
     y_batch, y_head, y_row, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     mask_batch, mask_head, mask_row, mask_key, scale, softcap, window,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr, MASK: tl.constexpr, PAST: tl.constexpr, PRODUCTS: tl.constexpr, STORED: tl.constexpr,
-    PRECISION: tl.constexpr, TREE: tl.constexpr,
+    PRECISION: tl.constexpr, TREE: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Query i stands at `offset` + *past + i and, with PAST, there are keys up to the last query. With TREE the queries
-    are a tree of tokens, with their ancestors in `tree` [rows, rows] and their depths.
+    are a tree of tokens, with their ancestors in `tree` [rows, rows] and their depths. With SHARED the keys before
+    *shared are those of the first row of the batch.
 
     With SPLITS > 1, y is float32 [key heads of the batch, rows * GROUP, SPLITS, DV], sums before their division, and
     tops [..., SPLITS, 2] their greatest score and total weight.
@@ -64,8 +70,12 @@ def attention(
     x = queries(q + batch * q_batch, q_row, q_head, row, head, inside, factor, D, BLOCK_D)
     x = cast_to(x, PRODUCTS)
     kv_head = (group % kv_heads).to(tl.int64)
-    k += batch * k_batch + kv_head * k_head
-    v += batch * v_batch + kv_head * v_head
+    k_batch, v_batch = batch * k_batch, batch * v_batch
+    k += k_batch + kv_head * k_head
+    v += v_batch + kv_head * v_head
+    common = 0
+    if SHARED:
+        common = tl.load(shared).to(tl.int32)
     masks = 0
     if MASK != "none":
         masks = mask + batch * mask_batch + tl.where(inside, head * mask_head + row.to(tl.int64) * mask_row, 0)
@@ -78,18 +88,21 @@ def attention(
     if WINDOWED:
         acc, top, total = over_tiles(
             acc, top, total, x, a, b, k, v, masks, k_row, v_row, mask_key, row, start, limit, window, softcap,
-            tree, depths, rows, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED,
-            PRECISION, TREE, True,
+            tree, depths, rows, common, k_batch, v_batch,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED,
+            PRECISION, TREE, SHARED, True,
         )  # fmt: skip
     acc, top, total = over_tiles(
         acc, top, total, x, b, c, k, v, masks, k_row, v_row, mask_key, row, start, limit, window, softcap,
-        tree, depths, rows, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED,
-        PRECISION, TREE, False,
+        tree, depths, rows, common, k_batch, v_batch,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED,
+        PRECISION, TREE, SHARED, False,
     )  # fmt: skip
     acc, top, total = over_tiles(
         acc, top, total, x, c, e, k, v, masks, k_row, v_row, mask_key, row, start, limit, window, softcap,
-        tree, depths, rows, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED,
-        PRECISION, TREE, True,
+        tree, depths, rows, common, k_batch, v_batch,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED,
+        PRECISION, TREE, SHARED, True,
     )  # fmt: skip
     if SPLITS > 1:
         r = block * BLOCK_M + tl.arange(0, BLOCK_M)
