@@ -13,7 +13,7 @@ from sylvester.codegen.families import unit_last
 from sylvester.codegen.index import Index, index, product
 from sylvester.codegen.layout import FormatName
 from sylvester.codegen.lazy import Arithmetic, Buffer, Extern, Lazy, Pointer, Shape, Strided, as_strided, of_buffer
-from sylvester.codegen.lowering import Fact, Lowering, lowers
+from sylvester.codegen.lowering import Fact, Lower, Lowering, lowers
 from sylvester.codegen.prelude import render
 from sylvester.compiler.attention_operands import LISTED
 from sylvester.compiler.errors import Unsupported
@@ -55,14 +55,14 @@ def attention(
     stored = records or k.dtype
     name += "" if stored == "f32" else f"_{stored}"
     name += "" if blocks is None else "_listed"
-    q, k, v = _repeated(q, *fact.shape[:2]), *(_repeated(x, fact.shape[0]) for x in (k, v))
+    q, k, v = repeated(q, *fact.shape[:2]), *(repeated(x, fact.shape[0]) for x in (k, v))
     if k.shape[1] != v.shape[1]:
-        k, v = (_repeated(x, *fact.shape[:2]) for x in (k, v))
+        k, v = (repeated(x, *fact.shape[:2]) for x in (k, v))
     views = [unit_last(lowering, x) for x in (q, k, v)]
-    covering = None if mask is None else _mask_view(lowering, mask, (*q.shape[:3], k.shape[2]))
+    covering = None if mask is None else mask_view(lowering, mask, (*q.shape[:3], k.shape[2]))
     position = None if past is None else lowering.contiguous(past)
     extra = _lists(lowering, fact, blocks) if blocks else (_number(lowering, shared), _number(lowering, depths))
-    y, place = _token_major(lowering, fact)
+    y, place = token_major(lowering, fact)
     flops, traffic = attention_costs(q, k, v, past=past is not None, causal=causal)
     outer = [s for view in ((place, *views)) for s in view.strides[:3]]
     strides = [*outer, *(covering.strides if covering else [index(0)] * 4)]
@@ -140,10 +140,10 @@ def _lists(lowering: Lowering, fact: Fact, blocks: Lazy) -> tuple[Pointer | Inde
     if blocks.dtype != "i64":
         raise Unsupported(f"attention over blocks listed as {blocks.dtype} has no lowering", hint="give int64")
     count = (fact.shape[2] + LISTED - 1) // LISTED
-    lists = _mask_view(lowering, blocks, (*fact.shape[:2], count, blocks.shape[-1]))
+    lists = mask_view(lowering, blocks, (*fact.shape[:2], count, blocks.shape[-1]))
     if lists.strides[3] != index(1):
         stored = lowering.realize(Lazy(blocks.shape, blocks.dtype, blocks.at))
-        lists = _mask_view(lowering, stored, (*fact.shape[:2], count, blocks.shape[-1]))
+        lists = mask_view(lowering, stored, (*fact.shape[:2], count, blocks.shape[-1]))
     return Pointer(lists.buffer, lists.offset, "i64"), blocks.shape[-1], *lists.strides[:3]
 
 
@@ -171,6 +171,7 @@ def scaled_dot_product_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    compute: Lower = attention,
 ) -> Lazy:
     """Attention that no pass has raised, over q [..., queries, d] with any number of leading axes."""
     width = q.shape[-1].constant
@@ -182,7 +183,7 @@ def scaled_dot_product_attention(
     wide = Fact(_four(fact.shape), fact.dtype)
     if mask is not None and len(fact.shape) < 4 and len(mask.shape) > 2:
         mask = _as_four(mask)
-    y = attention(lowering, wide, q, k, v, mask, None, width**-0.5 if scale is None else scale, causal, 0)
+    y: Lazy = compute(lowering, wide, q, k, v, mask, None, width**-0.5 if scale is None else scale, causal, 0)
     if len(fact.shape) == 4:
         return y
     return Lazy(fact.shape, fact.dtype, lambda i: y.load(_pad_indices(i)))
@@ -202,19 +203,19 @@ def _as_four(x: Lazy) -> Lazy:
     return Lazy(_four(x.shape), x.dtype, lambda i: x.load([*i[:lead], *i[-2:]]))
 
 
-def _token_major(lowering: Lowering, fact: Fact) -> tuple[Buffer, Strided]:
+def token_major(lowering: Lowering, fact: Fact) -> tuple[Buffer, Strided]:
     """The result is stored [batch, token, head, feature], which is how the output projection reads it."""
     batch, heads, tokens, dim = fact.shape
     y = lowering.buffer("arena", (batch, tokens, heads * dim), fact.dtype)
     return y, Strided(y.name, index(0), (tokens * heads * dim, dim, heads * dim, index(1)))
 
 
-def _repeated(x: Lazy, *leading: Index) -> Lazy:
+def repeated(x: Lazy, *leading: Index) -> Lazy:
     """x with its first axes broadcast."""
     return Lazy((*leading, *x.shape[len(leading) :]), x.dtype, x.at)
 
 
-def _mask_view(lowering: Lowering, mask: Lazy, shape: Shape) -> Strided:
+def mask_view(lowering: Lowering, mask: Lazy, shape: Shape) -> Strided:
     """The mask broadcast to [batch, heads, queries, keys] through zero strides."""
     view = as_strided(Lazy(shape, mask.dtype, mask.at))
     if view is None:

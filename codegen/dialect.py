@@ -61,7 +61,7 @@ def sign_of(second: Index) -> Expr:
 @lowers(dialect.kv_update.default, bf16=True)
 def kv_update(lowering: Lowering, fact: Fact, cache: Lazy, new: Lazy, past: Lazy) -> Lazy:
     """A state buffer is updated in place, anything else copied; positions are checked against the capacity."""
-    buffer = _writable(lowering, cache)
+    buffer = writable(lowering, cache)
     if buffer.dtype == "bf16":
         return _rounded_update(lowering, buffer, new, past, "bf16")
     if any(load.buffer == buffer.name for load in loads(new.probe[1])):  # rows would be read after they are written
@@ -79,7 +79,7 @@ def kv_update(lowering: Lowering, fact: Fact, cache: Lazy, new: Lazy, past: Lazy
 
 @lowers(dialect.kv_update_q.default)
 def kv_update_q(lowering: Lowering, fact: Fact, cache: Lazy, new: Lazy, past: Lazy, bits: int) -> Lazy:
-    return _rounded_update(lowering, _writable(lowering, cache), new, past, f"q{bits}")
+    return _rounded_update(lowering, writable(lowering, cache), new, past, f"q{bits}")
 
 
 def _rounded_update(lowering: Lowering, buffer: Buffer, new: Lazy, past: Lazy, kind: str) -> Lazy:
@@ -106,7 +106,7 @@ def _rounded_update(lowering: Lowering, buffer: Buffer, new: Lazy, past: Lazy, k
     return of_buffer(buffer)
 
 
-def _writable(lowering: Lowering, cache: Lazy) -> Buffer:
+def writable(lowering: Lowering, cache: Lazy) -> Buffer:
     found = lowering.whole(cache)
     if found is not None and found.kind == "state" and found.shape == cache.shape:
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -194,13 +195,13 @@ def parts_bytes(linear: Linear, splits: int, m: int, n: int) -> int:
 
 
 def _kernel(
-    name: str, linear: Linear, tile: Tile, k: int, aligned: tuple[str, ...], fixed: dict[str, Constant]
+    name: str, linear: Linear, tile: Tile, k: int, aligned: tuple[str, ...], fixed: Mapping[str, Constant]
 ) -> Kernel:
     types = linear.types()
     if tile.splits > 1:
         types["y"] = "*fp32"
     even = k % (int(fixed["BLOCK_K"]) * tile.splits) == 0
-    constants = linear.constants() | linear.epilogue() | fixed | {"EVEN": even, "SPLITS": tile.splits}
+    constants = {**linear.constants(), **linear.epilogue(), **fixed, "EVEN": even, "SPLITS": tile.splits}
     return Kernel(text(name), name, types, constants, _present(aligned, types), tile.warps, tile.stages)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from sylvester.codegen import gpu_attention_calls, gpu_linears  # noqa: F401  (register their lowerings)
 from sylvester.codegen.compile import hints_of, in_place
 from sylvester.codegen.gpu_kernel import Kernel
 from sylvester.codegen.gpu_loops import loop_kernel
-from sylvester.codegen.gpu_lowering import GpuLowering, KernelCall
+from sylvester.codegen.gpu_lowering import GpuLowering, KernelCall, When
 from sylvester.codegen.index import Index, Size
 from sylvester.codegen.lazy import Buffer, Plan, Pointer, Reduce
 from sylvester.codegen.lowering import StoredLayers
@@ -31,18 +34,20 @@ Argument = Pointer | Index | float | ErrorFlag | None
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel over `grid` programs. With a `guard` it runs where the number in that buffer is not above 0."""
+    """One kernel over `grid` programs. With a `guard` it runs where the number in that buffer is not above 0, with
+    `when` at such sizes only."""
 
     kernel: Kernel
     grid: tuple[Index, ...]
     arguments: tuple[Argument, ...]
     guard: str = ""
     label: str = ""
+    when: When | None = None
 
 
 @dataclass(frozen=True)
 class GpuEntry:
-    """What one entry runs, in order; `outputs` are the buffers of its outputs."""
+    """What one entry runs, in order; buffers of its outputs, and tensors that are stored beside the weights."""
 
     name: str
     sizes: tuple[Size, ...]
@@ -50,6 +55,7 @@ class GpuEntry:
     outputs: tuple[Buffer, ...]
     slots: tuple[Slot, ...]
     launches: tuple[Launch, ...]
+    constants: Mapping[str, Tensor]
 
 
 def gpu_entries(program: Program) -> dict[str, GpuEntry]:
@@ -58,13 +64,14 @@ def gpu_entries(program: Program) -> dict[str, GpuEntry]:
 
 
 def _entry(name: str, program: Program, entry: Entry) -> GpuEntry:
-    plan = GpuLowering(name, program, entry, NO_LAYERS).run()
+    lowering = GpuLowering(name, program, entry, NO_LAYERS)
+    plan = lowering.run()
     outputs = tuple(in_place(plan, b) for b in plan.of_kind("output"))
     kernels = schedule(plan)
     private = _numbers(plan, [k for k in kernels if isinstance(k, LoopNest)], kernels)
     slots = assign(lifetimes(kernels, plan.buffers, private), plan.buffers, hints_of(entry))
     launches = [_launch(kernel, plan, private) for kernel in kernels]
-    return GpuEntry(name, plan.sizes, plan.buffers, outputs, tuple(slots), tuple(launches))
+    return GpuEntry(name, plan.sizes, plan.buffers, outputs, tuple(slots), tuple(launches), lowering.constants)
 
 
 def _numbers(plan: Plan, nests: Sequence[LoopNest], kernels: Sequence[LoopNest | ExternCall]) -> set[str]:
@@ -87,7 +94,7 @@ def _launch(kernel: LoopNest | ExternCall, plan: Plan, private: set[str]) -> Lau
                 f"cuda has no kernel for {step.label or step.function}",
                 hint="compile with target='cpu', or run with target='reference'",
             )
-        return Launch(step.kernel, step.grid, tuple(step.arguments), step.guard, step.label)  # type: ignore[arg-type]
+        return Launch(step.kernel, step.grid, step.given, step.guard, step.label, step.when)
     label = "; ".join(dict.fromkeys(m.step.label for m in kernel.members if m.step.label))
     try:
         made = loop_kernel(kernel, plan.buffers, private)

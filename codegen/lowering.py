@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -84,6 +84,7 @@ class Lowering:
 
     target: ClassVar[str] = "cpu"
     table: ClassVar[Mapping[Any, Lower]] = LOWERINGS
+    takes_bf16: ClassVar[Collection[Any]] = TAKES_BF16
 
     def __init__(self, name: str, program: Program, entry: Entry, layers: StoredLayers) -> None:
         self.program, self.entry, self.layers = program, entry, layers
@@ -145,7 +146,8 @@ class Lowering:
         kwargs = map_aggregate(dict(node.kwargs), self._argument)
         fact = value(node)
         described = Fact(shape_of(fact), dtype_of(fact.dtype)) if isinstance(fact, Tensor) else fact
-        _require_no_bf16(node, described, (*args, *kwargs.values()))
+        if node.target not in self.takes_bf16:
+            _require_no_bf16(node, described, (*args, *kwargs.values()), self.target)
         result = self.table[node.target](self, described, *args, **kwargs)
         if isinstance(result, Lazy) and self._worth_storing(node, result):
             return self.realize(result)
@@ -285,11 +287,10 @@ def _sizes(entry: Entry) -> tuple[Size, ...]:
     return tuple(sorted(found, key=lambda s: s.name))
 
 
-def _require_no_bf16(node: fx.Node, fact: Any, operands: Sequence[Any]) -> None:
-    found = [x for x in (fact, *operands) if isinstance(x, (Fact, Lazy)) and x.dtype == "bf16"]
-    if found and node.target not in TAKES_BF16:
+def _require_no_bf16(node: fx.Node, fact: Any, operands: Sequence[Any], target: str) -> None:
+    if any(isinstance(x, (Fact, Lazy)) and x.dtype == "bf16" for x in (fact, *operands)):
         raise Unsupported(
-            f"{op_name(node.target)} over bfloat16 has no lowering, the cpu target computes in float32",
+            f"{op_name(node.target)} over bfloat16 has no lowering, the {target} target computes in float32",
             at=node,
             hint="only caches and the weights of linear layers may be bfloat16; call model.float() before compiling",
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sylvester.backends.cuda.modules import interpret
+from sylvester.codegen.gpu_lowering import When
 from sylvester.codegen.gpu_plan import Argument, ErrorFlag, GpuEntry, Launch
 from sylvester.codegen.index import Atom, Index, Size, index
 from sylvester.codegen.lazy import Pointer
@@ -27,6 +28,7 @@ class Simulated:
         self.entry = entry
         self.values: dict[Atom, Index] = {Size(name): index(n) for name, n in sizes.items()}
         self.flag = torch.zeros(2, dtype=torch.int64)
+        given = {**given, **entry.constants}
         self.memory = {name: _flat(given[b.key]) for name, b in entry.buffers.items() if b.key in given}
         for buffer in entry.outputs:
             shape = [self.number(n) for n in buffer.shape]
@@ -49,9 +51,13 @@ class Simulated:
     def run(self) -> dict[str, Tensor]:
         """The outputs by name; the flag says what went wrong."""
         for launch in self.entry.launches:
-            if not launch.guard or self.memory[launch.guard][0] <= 0:
+            guarded = launch.guard and self.memory[launch.guard][0] > 0
+            if not guarded and self._fits(launch.when):
                 self._launch(launch)
         return {b.key: self._output(b) for b in self.entry.outputs}
+
+    def _fits(self, when: When | None) -> bool:
+        return when is None or when[1] <= self.number(when[0]) <= when[2]
 
     def _output(self, buffer: Any) -> Tensor:
         shape = [self.number(n) for n in buffer.shape]
