@@ -4,6 +4,7 @@ from __future__ import annotations
 
 BACKENDS = {
     "cpu": "sylvester.backends.cpu:Cpu",
+    "cuda": "sylvester.backends.cuda.backend:Cuda",
     "null": "sylvester.backends.null:Null",
     "onnx": "sylvester.backends.onnx.backend:Onnx",
     "reference": "sylvester.backends.reference:Reference",
@@ -11,6 +12,7 @@ BACKENDS = {
 }
 LOADERS = {
     "cpu": "sylvester.backends.cpu_runtime:load",
+    "cuda": "sylvester.backends.cuda.runtime:load",
     "null": "sylvester.backends.null:load",
     "onnx": "sylvester.backends.onnx.runtime:load",
     "reference": "sylvester.backends.reference:load",

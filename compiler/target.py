@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.knobs import require_threads
 
-BUILT_IN = ("cpu", "onnx", "reference", "null", "wasm")
+BUILT_IN = ("cpu", "cuda", "onnx", "reference", "null", "wasm")
 ENGINES = ("tvm",)
 
 
