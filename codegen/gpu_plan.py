@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sylvester.codegen import gpu_attention_calls, gpu_linears  # noqa: F401  (register their lowerings)
+from sylvester.codegen import (  # noqa: F401  (register their lowerings)
+    gpu_attention_calls,
+    gpu_convolutions,
+    gpu_linears,
+)
 from sylvester.codegen.compile import hints_of, in_place
 from sylvester.codegen.gpu_kernel import Kernel
 from sylvester.codegen.gpu_loops import loop_kernel

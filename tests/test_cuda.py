@@ -113,9 +113,10 @@ def test_what_kernels_report_becomes_an_error(artefact, monkeypatch):
         array.fill(9 if array.dtype == np.int64 else 0)
 
     monkeypatch.setattr(device, "read", reported)
+    inputs = {"input_ids": np.zeros((1, 4), np.int64)}
+    state = runner.new_state("prefill", inputs)
     with pytest.raises(InputError, match="index 9 is out of range"):
-        ids = np.zeros((1, 4), np.int64)
-        runner.run("prefill", {"input_ids": ids}, runner.new_state("prefill", {"input_ids": ids}))
+        runner.run("prefill", inputs, state)
 
 
 def test_sizes_as_text():
