@@ -11,7 +11,8 @@ from sylvester.codegen.gpu_kernel import Constant, Kernel, text
 MaskKind = Literal["none", "bool", "float"]
 Products = Literal["f32", "bf16", "f16"]
 POINTERS = {"f32": "*fp32", "bf16": "*bf16", "f16": "*fp16", "q8": "*u8", "q4": "*u8"}
-BYTES = {"f32": 4, "bf16": 2, "f16": 2}
+BYTES = {"f32": 4, "bf16": 2, "f16": 2, "q8": 2, "q4": 3}
+"""Of a number in shared memory, about; records are widened there."""
 QUERY_STRIDES = ("q_batch", "q_head", "q_row")
 KEY_STRIDES = ("k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row")
 SCALARS = {"scale": "fp32", "softcap": "fp32", "window": "i32"}
@@ -188,7 +189,7 @@ def _shared_bytes(form: Form, tiles: Tiles, arch: str) -> int:
     """About what a program keeps in shared memory: queries, keys and values of the stages under way, and a mask."""
     three = form.products == "f32"
     queries = tiles.rows * block(form.d) * BYTES[form.products]
-    keys = tiles.keys * (block(form.d) + block(form.dv)) * BYTES.get(form.k, 2)
+    keys = tiles.keys * (block(form.d) + block(form.dv)) * BYTES[form.k]
     stages = max(1, tiles.stages - (arch != "sm_90"))
     return queries * (2 if three else 1) + keys * stages + (keys // 2 if three else 0) + mask_bytes(form, tiles)
 

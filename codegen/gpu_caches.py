@@ -10,10 +10,11 @@ ROWS = 8
 RECORDS = ("q8", "q4")
 
 
-def kv_update(d: int, x: str, cache: str) -> Kernel:
+def kv_update(d: int, x: str, cache: str, aligned: tuple[str, ...] = ()) -> Kernel:
     """Rows of `d` features of a float type into a cache of a float type, or of records "q8" or "q4".
 
-    The cache is changed in place; rows that do not fit in it are left out.
+    The cache is changed in place; rows that do not fit in it are left out. `aligned` arguments, strides
+    too, are multiples of 16.
     """
     numbers = ("total", "heads", "rows", "keys", "cache_batch", "cache_head", "cache_row", "x_batch", "x_head", "x_row")
     types = {"cache": POINTERS[cache], "x": POINTERS[x], "past": "*i64", **dict.fromkeys(numbers, "i32")}
@@ -21,7 +22,7 @@ def kv_update(d: int, x: str, cache: str) -> Kernel:
         "D": d, "BLOCK_D": max(32, 1 << (d - 1).bit_length()), "ROWS": ROWS,
         "STORED": cache if cache in RECORDS else "plain",
     }  # fmt: skip
-    return Kernel(text("caches"), "kv_update", types, fixed, ("x",), warps=4, stages=1)
+    return Kernel(text("caches"), "kv_update", types, fixed, aligned, warps=4, stages=1)
 
 
 def grid(total: int) -> tuple[int]:

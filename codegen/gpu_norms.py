@@ -59,11 +59,20 @@ def softmax_grid(n: int, rows: int) -> tuple[int]:
 
 
 def rope(
-    d: int, rotary: int, x: str, y: str, angles: str, *, interleaved: bool = False, paired: bool = False
+    d: int,
+    rotary: int,
+    x: str,
+    y: str,
+    angles: str,
+    *,
+    interleaved: bool = False,
+    paired: bool = False,
+    aligned: tuple[str, ...] = (),
 ) -> Kernel:
     """The first `rotary` of d features turn; cos and sin hold an angle a feature, or `paired` an angle a pair.
 
-    The strides of a batch that shares its angles are 0. y must not be x.
+    The strides of a batch that shares its angles are 0. y must not be x. `aligned` arguments, strides too, are
+    multiples of 16.
     """
     if rotary % 2 or rotary > d:
         raise ValueError(f"rotary size must be even and at most the head size {d}, got {rotary}")
@@ -75,7 +84,7 @@ def rope(
     constants: dict[str, Constant] = {
         "D": d, "ROTARY": rotary, "BLOCK_D": block(d), "ROWS": ROPE_ROWS, "INTERLEAVED": interleaved, "PAIRED": paired,
     }  # fmt: skip
-    return Kernel(text("rope"), "rope", types, constants, ("cos", "sin"), warps=4, stages=1)
+    return Kernel(text("rope"), "rope", types, constants, aligned, warps=4, stages=1)
 
 
 def rope_grid(total: int) -> tuple[int]:
@@ -83,26 +92,26 @@ def rope_grid(total: int) -> tuple[int]:
     return (-(-total // ROPE_ROWS),)
 
 
-def best() -> tuple[Kernel, Kernel]:
+def best(aligned: tuple[str, ...] = ()) -> tuple[Kernel, Kernel]:
     """The first place of the largest of each row of float32 logits, as `torch.argmax`: over `(rows, PARTS)` programs
-    into int64 [rows, PARTS], then over `(rows,)` into int64 ids."""
+    into int64 [rows, PARTS], then over `(rows,)` into int64 ids. `aligned`: of x, n, stride, multiples of 16."""
     types = {"parts": "*i64", "x": "*fp32", "n": "i32", "stride": "i32"}
-    first = Kernel(text("sampling"), "best_parts", types, {"BLOCK": SCANNED, "PARTS": PARTS}, ("parts",))
+    first = Kernel(text("sampling"), "best_parts", types, {"BLOCK": SCANNED, "PARTS": PARTS}, aligned)
     types = {"ids": "*i64", "parts": "*i64"}
     return first, Kernel(text("sampling"), "best_of_parts", types, {"PARTS": PARTS}, ("parts",), warps=1)
 
 
-def draw(*, top_k: bool, top_p: bool, read: int = READ) -> Kernel:
+def draw(*, top_k: bool, top_p: bool, read: int = READ, aligned: tuple[str, ...] = ()) -> Kernel:
     """A token of each row of float32 logits, over `(rows,)` programs, `read` logits at once.
 
     The host gives the larger of the temperature and `compiler.sampling.LEAST`, and a float64 number in [0, 1) a row.
-    Without `top_k`, or `top_p`, that number is not read.
+    Without `top_k`, or `top_p`, that number is not read. `aligned`: of x, n, stride, multiples of 16.
     """
     types = {
         "ids": "*i64", "x": "*fp32", "uniform": "*i64", "n": "i32", "stride": "i32", "temperature": "fp32",
         "top_k": "i32", "top_p": "fp32",
     }  # fmt: skip
-    return Kernel(text("sampling"), "draw", types, {"BLOCK": read, "KEPT": top_k, "NUCLEUS": top_p}, (), warps=16)
+    return Kernel(text("sampling"), "draw", types, {"BLOCK": read, "KEPT": top_k, "NUCLEUS": top_p}, aligned, warps=16)
 
 
 def block(n: int) -> int:

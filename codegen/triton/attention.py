@@ -27,8 +27,8 @@ def over_tiles(
         held = j < limit
         keys, values = k + at * k_row, v + at * v_row
         if SHARED:
-            keys -= tl.where(j < shared, k_batch, 0)[:, None]
-            values -= tl.where(j < shared, v_batch, 0)[:, None]
+            keys -= (j < shared).to(tl.int64)[:, None] * k_batch
+            values -= (j < shared).to(tl.int64)[:, None] * v_batch
         key = cast_to(tile_rows(keys, k_row, held, D, BLOCK_D, BLOCK_N, STORED, CHECKED), PRODUCTS)
         s = tl.dot(x, tl.trans(key), input_precision=PRECISION)
         s = biased(s, masks, mask_key, j, held, softcap, CAPPED, MASK)

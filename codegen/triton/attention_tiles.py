@@ -48,14 +48,29 @@ def tile_rows(
         scale = tl.load(rows.to(tl.pointer_type(tl.float32)), mask=whole, other=0.0)
         found = tl.load((rows + 4 + d).to(tl.pointer_type(tl.int8)), mask=keep, other=0).to(tl.float32) * scale
     elif STORED == "q4":
-        header = (rows + d // 64 * 4).to(tl.pointer_type(tl.bfloat16))
-        scale = tl.load(header, mask=keep, other=0.0).to(tl.float32)
-        least = tl.load(header + 1, mask=keep, other=0.0).to(tl.float32)
-        pair = tl.load(rows + (D + 63) // 64 * 4 + d // 32 * 16 + d % 16, mask=keep, other=0)
-        found = ((pair >> (d // 16 % 2 * 4).to(tl.uint8)) & 15).to(tl.float32) * scale + least
+        found = tl.reshape(groups4(rows, held, D, BLOCK, N, CHECKED), [N, BLOCK])
     else:
         found = tl.load(rows + d, mask=keep, other=0.0)
     return found
+
+
+@triton.jit
+def groups4(rows, held, D: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, CHECKED: tl.constexpr):
+    """Records of 4 bits at addresses [N, 1] -> floats [N, groups, features of a group]."""
+    WIDTH: tl.constexpr = 64 if BLOCK > 64 else BLOCK
+    at = rows[:, :, None]
+    g = tl.arange(0, BLOCK // WIDTH)[None, :, None]
+    d = tl.arange(0, WIDTH)[None, None, :]
+    some = tl.full([N, BLOCK // WIDTH, 1], 1, tl.int1)
+    if CHECKED:
+        some = some & held[:, None, None]
+    some = some & (g * WIDTH < D)
+    header = (at + g * 4).to(tl.pointer_type(tl.bfloat16))
+    scale = tl.load(header, mask=some, other=0.0).to(tl.float32)
+    least = tl.load(header + 1, mask=some, other=0.0).to(tl.float32)
+    keep = some & (g * WIDTH + d < D)
+    pair = tl.load(at + (D + 63) // 64 * 4 + g * (WIDTH // 2) + d // 32 * 16 + d % 16, mask=keep, other=0)
+    return tl.where(keep, ((pair >> (d // 16 % 2 * 4).to(tl.uint8)) & 15).to(tl.float32) * scale + least, 0.0)
 
 
 @triton.jit
