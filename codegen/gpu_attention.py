@@ -18,9 +18,24 @@ KEY_STRIDES = ("k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row")
 SCALARS = {"scale": "fp32", "softcap": "fp32", "window": "i32"}
 SHARED = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
 """Shared memory that a program may take."""
-LONG_HEADS = [(64, 8, 3), (32, 4, 3), (64, 4, 3), (64, 8, 2), (128, 8, 2), (32, 4, 2), (16, 4, 2)]
-SHORT_HEADS = [(64, 4, 3), (128, 8, 3), (128, 4, 2), (32, 4, 3), (64, 2, 3), (32, 2, 2)]
-"""Keys of a tile, warps and stages for few rows."""
+FEW = {
+    64: [(64, 4, 3), (128, 8, 3), (128, 4, 2), (32, 4, 3), (64, 2, 3), (32, 2, 2)],
+    128: [(64, 8, 3), (32, 4, 3), (64, 4, 3), (64, 8, 2), (128, 8, 2), (32, 4, 2), (16, 4, 2)],
+    256: [(32, 8, 2), (32, 8, 3), (32, 4, 2), (64, 8, 2), (16, 4, 2)],
+}
+"""For few rows, by the width of heads: keys of a tile, warps and stages. Those with few spilled registers are first."""
+MANY = {
+    64: [(128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 4), (64, 64, 4, 3)],
+    128: [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2), (64, 32, 4, 2)],
+    256: [(64, 32, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2)],
+}
+EXACT = {
+    64: [(128, 32, 8, 2), (64, 32, 4, 2)],
+    128: [(32, 32, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)],
+    256: [(32, 32, 8, 2), (16, 32, 4, 2), (32, 16, 4, 2)],
+}
+"""For many rows, of products of 16 bits and of float32, rows as well."""
+LAST = [(32, 32, 4, 1), (16, 16, 4, 1)]
 FEW_ROWS = 64
 """Queries times the heads that share a key, up to which the keys are split among programs."""
 MOST_SPLITS, KEYS_OF_A_SPLIT = 64, 128
@@ -172,17 +187,12 @@ def space(form: Form, rows: int, arch: str) -> list[Tiles]:
 
 
 def _candidates(form: Form, rows: int) -> Iterator[Tiles]:
-    packed, wide = rows * form.group, max(form.d, form.dv) > 64
+    packed, width = rows * form.group, min(256, max(64, block(max(form.d, form.dv))))
     if packed <= FEW_ROWS:
-        height = max(16, 1 << (packed - 1).bit_length())
-        found = [(height, *size) for size in (LONG_HEADS if wide else SHORT_HEADS)]
-    elif form.products == "f32":
-        found = [(32, 32, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)] if wide else [(128, 32, 8, 2), (64, 32, 4, 2)]
-    elif wide:
-        found = [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2), (64, 32, 4, 2)]
+        yield from (Tiles(block(packed), *size) for size in FEW[width])
     else:
-        found = [(128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 4, 3), (64, 64, 4, 4), (64, 64, 4, 3)]
-    yield from (Tiles(*size) for size in (*found, (32, 32, 4, 1), (16, 16, 4, 1)))
+        yield from (Tiles(*size) for size in (EXACT if form.products == "f32" else MANY)[width])
+    yield from (Tiles(*size) for size in LAST)
 
 
 def _shared_bytes(form: Form, tiles: Tiles, arch: str) -> int:

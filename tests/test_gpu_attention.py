@@ -179,6 +179,18 @@ def test_the_same_bits_every_time():
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("d", [8, 64, 80, 128, 256])
+@pytest.mark.parametrize("products", ["f32", "bf16"])
+def test_tiles_for_every_architecture(d, products):
+    form = Form(d, d, 4, products=products)
+    for arch in ARCHITECTURES:
+        few, many = (space(form, rows, arch) for rows in (1, 512))
+        assert all(tiles.rows == 16 for tiles in few[:-2])
+        assert len(set(few)) == len(few) <= 12
+        assert len(set(many)) == len(many) <= 12
+        assert many
+
+
 def test_splits_fill_the_device():
     form = Form(128, 128, 4)
     assert splits_for(form, 1, 8, 1, 4096, 132) == 32
