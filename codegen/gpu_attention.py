@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sylvester.codegen.gpu_kernel import Constant, Kernel, text
+from sylvester.compiler.attention_operands import LISTED
 
 MaskKind = Literal["none", "bool", "float"]
 Products = Literal["f32", "bf16", "f16"]
@@ -35,6 +36,8 @@ EXACT = {
     256: [(32, 32, 8, 2), (16, 32, 4, 2), (32, 16, 4, 2)],
 }
 """For many rows, of products of 16 bits and of float32, rows as well."""
+LISTS = [(64, LISTED, 4, 3), (64, LISTED, 8, 2), (64, LISTED, 4, 2), (32, LISTED, 4, 2), (16, LISTED, 4, 1)]
+"""Where blocks of keys are listed."""
 LAST = [(32, 32, 4, 1), (16, 16, 4, 1)]
 FEW_ROWS = 64
 """Queries times the heads that share a key, up to which the keys are split among programs."""
@@ -46,7 +49,7 @@ class Form:
     """What is fixed when an attention is compiled; the head sizes are any, `group` heads share a key head.
 
     `tree`: the queries are a tree of tokens, of which `ancestry` finds the ancestors. `shared`: some keys are common to
-    the batch.
+    the batch. `listed`: blocks of 64 queries see listed blocks of 64 keys; `kv_heads` are then all heads.
 
     `k` and `v` are float types or records "q8", "q4" (compiler/cache_ops.py). `products` are what tensor cores
     multiply: "f32" as three products of tf32, which is about as exact as float32.
@@ -67,7 +70,13 @@ class Form:
     past: bool = False
     tree: bool = False
     shared: bool = False
+    listed: bool = False
     products: Products = "f32"
+
+    @property
+    def rows_together(self) -> int:
+        """Rows of a query that are neighbours in a tile."""
+        return 1 if self.listed else self.group
 
 
 @dataclass(frozen=True)
@@ -89,15 +98,18 @@ def kernel(form: Form, tiles: Tiles, splits: int = 1, aligned: tuple[str, ...] =
         raise ValueError(f"keys are {form.k} and values {form.v}, expected records of one kind")
     if form.tree and (form.mask != "none" or not form.past):
         raise ValueError("a tree of queries needs `past` and takes no mask")
+    if form.listed and (form.past or splits > 1 or tiles.keys != LISTED or LISTED % tiles.rows):
+        raise ValueError(f"listed blocks need no `past`, no splits and tiles of {LISTED} keys, got {tiles}, {splits}")
     split = splits > 1
     arguments = {
         "y": "*fp32" if split else POINTERS[form.y], "tops": "*fp32" if split else None, "q": POINTERS[form.q],
         "k": POINTERS[form.k], "v": POINTERS[form.v], "mask": mask_pointer(form), "past": "*i64" if form.past else None,
         "tree": "*u8" if form.tree else None, "depths": "*i64" if form.tree else None,
-        "shared": "*i64" if form.shared else None,
+        "shared": "*i64" if form.shared else None, "lists": "*i64" if form.listed else None,
         **dict.fromkeys(("kv_heads", "rows", "keys", "offset"), "i32"),
         **dict.fromkeys(("y_batch", "y_head", "y_row"), None if split else "i32"),
-        **dict.fromkeys((*QUERY_STRIDES, *KEY_STRIDES), "i32"), **mask_strides(form), **SCALARS,
+        **dict.fromkeys((*QUERY_STRIDES, *KEY_STRIDES), "i32"), **mask_strides(form),
+        **dict.fromkeys(("list_batch", "list_head", "most"), "i32" if form.listed else None), **SCALARS,
     }  # fmt: skip
     return launched("attention", "attention", arguments, _constants(form, tiles, splits), tiles, aligned)
 
@@ -129,11 +141,11 @@ def mask_strides(form: Form) -> dict[str, str | None]:
 def _constants(form: Form, tiles: Tiles, splits: int) -> dict[str, Constant]:
     return {
         "D": form.d, "DV": form.dv, "BLOCK_D": block(form.d), "BLOCK_DV": block(form.dv), "BLOCK_M": tiles.rows,
-        "BLOCK_N": tiles.keys, "GROUP": form.group, "SPLITS": splits, "CAUSAL": form.causal,
+        "BLOCK_N": tiles.keys, "GROUP": form.rows_together, "SPLITS": splits, "CAUSAL": form.causal,
         "WINDOWED": form.windowed, "CAPPED": form.capped, "MASK": form.mask, "PAST": form.past,
         "PRODUCTS": form.products, "STORED": form.k if form.k in ("q8", "q4") else "plain",
         "PRECISION": "tf32x3" if form.products == "f32" else "tf32", "TREE": form.tree,
-        "SHARED": form.shared,
+        "SHARED": form.shared, "LISTED": form.group if form.listed else 0,
     }  # fmt: skip
 
 
@@ -152,7 +164,7 @@ def joining(form: Form, splits: int) -> Kernel:
 
 
 def grid(form: Form, tiles: Tiles, splits: int, batch: int, kv_heads: int, rows: int) -> tuple[int, int]:
-    return -(-rows * form.group // tiles.rows) * batch * kv_heads, splits
+    return -(-rows * form.rows_together // tiles.rows) * batch * kv_heads, splits
 
 
 def joining_grid(form: Form, batch: int, kv_heads: int, rows: int) -> tuple[int]:
@@ -187,7 +199,10 @@ def space(form: Form, rows: int, arch: str) -> list[Tiles]:
 
 
 def _candidates(form: Form, rows: int) -> Iterator[Tiles]:
-    packed, width = rows * form.group, min(256, max(64, block(max(form.d, form.dv))))
+    packed, width = rows * form.rows_together, min(256, max(64, block(max(form.d, form.dv))))
+    if form.listed:
+        yield from (Tiles(*size) for size in LISTS)
+        return
     if packed <= FEW_ROWS:
         yield from (Tiles(block(packed), *size) for size in FEW[width])
     else:

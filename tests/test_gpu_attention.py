@@ -42,26 +42,24 @@ def strides_of(prefix, x, names=("batch", "head", "row")):
     return {f"{prefix}_{name}": stride for name, stride in zip(names, x.stride(), strict=False)}
 
 
-def compute(
-    form, q, k, v, mask=None, past=None, scale=0.3, window=0, softcap=0.0, offset=0, splits=1, tiles=SMALL, **more
-):
+def compute(form, q, k, v, mask=None, past=None, scale=0.3, window=0, softcap=0.0, splits=1, tiles=SMALL, **more):
     """y by the kernels, which write into a view with strides of its own."""
     batch, heads, rows, _ = q.shape
-    kv_heads = k.shape[1]
+    kv_heads = heads if form.listed else k.shape[1]
     y = torch.full((batch, rows, heads, form.dv), torch.nan, dtype=DTYPES[form.y]).transpose(1, 2)
     part, tops = (torch.full((n,), torch.nan) for n in part_sizes(form, splits, batch, kv_heads, rows))
     whole = None if mask is None else torch.broadcast_to(mask, (batch, heads, rows, mask.shape[-1]))
     given = {
         "y": part if splits > 1 else flat(y), "tops": tops, "q": flat(q), "k": flat(k), "v": flat(v), "past": past,
-        "kv_heads": kv_heads, "rows": rows, "keys": k.shape[2], "offset": offset, "scale": scale, "softcap": softcap,
+        "kv_heads": kv_heads, "rows": rows, "keys": k.shape[2], "offset": 0, "scale": scale, "softcap": softcap,
         "window": window, **more,
         **strides_of("y", y), **strides_of("q", q), **strides_of("k", k), **strides_of("v", v),
     }  # fmt: skip
     if whole is not None:
         given["mask"] = flat(whole.view(torch.uint8) if whole.dtype == torch.bool else whole)
         given |= strides_of("mask", whole, ("batch", "head", "row", "key"))
-    made = kernel(form, SMALL, splits)
-    run(made, grid(form, SMALL, splits, batch, kv_heads, rows), **{name: given[name] for name in made.types})
+    made = kernel(form, tiles, splits)
+    run(made, grid(form, tiles, splits, batch, kv_heads, rows), **{name: given[name] for name in made.types})
     if splits > 1:
         places = {**strides_of("y", y), "kv_heads": kv_heads, "rows": rows}
         last = joining(form, splits)
@@ -146,6 +144,27 @@ def test_keys_that_the_batch_shares(shared):
     wide = (x.double() for x in (q, k, v))
     expected = attention(*wide, None, past, 0.3, True, 0, shared=first)
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("per_head", "window"), [(True, 0), (False, 90)])
+def test_listed_blocks_of_keys(per_head, window):
+    q, k, v = padded(1, 2, 70, 16), padded(1, 1, 180, 16), padded(1, 1, 180, 16)
+    blocks = torch.tensor([[0, 2, -1], [0, 1, 2]])
+    if per_head:
+        blocks = torch.stack([blocks, torch.tensor([[1, -1, -1], [-1, -1, -1]])])
+    form = Form(16, 16, 2, listed=True, causal=window > 0, windowed=window > 0)
+    lists = {"lists": blocks.flatten(), "list_batch": 0, "list_head": 6 if per_head else 0, "most": 3}
+    y = compute(form, q, k, v, window=window, tiles=Tiles(64, 64, 4, 1), **lists)
+    wide = (x.double() for x in (q, k, v))
+    expected = attention(*wide, None, None, 0.3, window > 0, window, blocks=blocks)
+    torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_tiles_of_listed_blocks():
+    form = Form(64, 64, 4, listed=True)
+    assert space(form, 512, "sm_89")
+    with pytest.raises(ValueError, match="listed blocks need no `past`, no splits and tiles of 64 keys"):
+        kernel(form, Tiles(128, 64, 4, 2))
 
 
 def test_a_tree_of_queries_takes_no_mask():
@@ -236,6 +255,7 @@ EVERY = [
     Form(128, 128, 8, "bf16", "bf16", "bf16", "bf16", windowed=True, products="bf16"),
     Form(96, 64, 2, "f16", "f16", "f16", "f16", mask="float", capped=True, causal=False, products="f16"),
     Form(64, 64, 4, past=True, tree=True, windowed=True),
+    Form(64, 64, 4, listed=True),
     Form(128, 128, 4, k="bf16", v="bf16", past=True, shared=True),
     Form(256, 256, 4, mask="bool", past=True),
 ]
@@ -248,4 +268,6 @@ EVERY = [
 def test_machine_code_of_all_tiles(form, rows, arch):
     assert space(form, rows, arch)
     for tiles in space(form, rows, arch):
-        assert build(kernel(form, tiles, 4 if rows == 1 else 1, ALIGNED), arch).shared <= SHARED[arch]
+        assert (
+            build(kernel(form, tiles, 4 if rows == 1 and not form.listed else 1, ALIGNED), arch).shared <= SHARED[arch]
+        )

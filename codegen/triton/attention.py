@@ -14,14 +14,16 @@ from sylvester.codegen.triton.attention_tiles import cast_to, packed, part_of, q
 @triton.jit
 def over_tiles(
     acc, top, total, x, first, last, k, v, masks, k_row, v_row, mask_key, row, start, limit, window, softcap,
-    tree, depths, rows, shared, k_batch, v_batch,
+    tree, depths, rows, shared, k_batch, v_batch, lists,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, MASK: tl.constexpr, PRODUCTS: tl.constexpr,
     STORED: tl.constexpr, PRECISION: tl.constexpr, TREE: tl.constexpr, SHARED: tl.constexpr,
-    CHECKED: tl.constexpr,
+    LISTED: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
-    """The sums acc [M, DV] and total [M] with the tiles first .. last - 1 of keys; all are seen unless CHECKED."""
-    for tile in range(first, last):
+    """The sums acc [M, DV] and total [M] with the tiles first .. last - 1 of keys, or of those LISTED; all of them are
+    seen unless CHECKED."""
+    for step in range(first, last):
+        tile = tl.load(lists + step).to(tl.int32) if LISTED else step
         at = tl.cast(tile, tl.int64) * BLOCK_N
         j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         held = j < limit
@@ -43,19 +45,32 @@ def over_tiles(
 
 
 @triton.jit
+def length(numbers, most):
+    """How many of the numbers come before those below 0."""
+    found = tl.zeros([], tl.int32)
+    for first in range(0, most, 64):
+        i = first + tl.arange(0, 64)
+        found += tl.sum((tl.load(numbers + i, mask=i < most, other=-1) >= 0).to(tl.int32), 0)
+    return found
+
+
+@triton.jit
 def attention(
-    y, tops, q, k, v, mask, past, tree, depths, shared,
+    y, tops, q, k, v, mask, past, tree, depths, shared, lists,
     kv_heads, rows, keys, offset,
     y_batch, y_head, y_row, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    mask_batch, mask_head, mask_row, mask_key, scale, softcap, window,
+    mask_batch, mask_head, mask_row, mask_key, list_batch, list_head, most,
+    scale, softcap, window,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr, MASK: tl.constexpr, PAST: tl.constexpr, PRODUCTS: tl.constexpr, STORED: tl.constexpr,
-    PRECISION: tl.constexpr, TREE: tl.constexpr, SHARED: tl.constexpr,
+    PRECISION: tl.constexpr, TREE: tl.constexpr, SHARED: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """Query i stands at `offset` + *past + i and, with PAST, there are keys up to the last query. With TREE the queries
     are a tree of tokens, with their ancestors in `tree` [rows, rows] and their depths. With SHARED the keys before
-    *shared are those of the first row of the batch.
+    *shared are those of the first row of the batch. LISTED > 0 tells how many heads share a key head, while GROUP is 1
+    and kv_heads are all heads; a block of 64 queries sees the tiles of 64 keys in lists [batch, heads, blocks, most],
+    up to the first below 0.
 
     With SPLITS > 1, y is float32 [key heads of the batch, rows * GROUP, SPLITS, DV], sums before their division, and
     tops [..., SPLITS, 2] their greatest score and total weight.
@@ -70,6 +85,9 @@ def attention(
     x = queries(q + batch * q_batch, q_row, q_head, row, head, inside, factor, D, BLOCK_D)
     x = cast_to(x, PRODUCTS)
     kv_head = (group % kv_heads).to(tl.int64)
+    if LISTED:
+        lists += batch * list_batch + kv_head * list_head + (block * BLOCK_M // 64).to(tl.int64) * most
+        kv_head = kv_head // LISTED
     k_batch, v_batch = batch * k_batch, batch * v_batch
     k += k_batch + kv_head * k_head
     v += v_batch + kv_head * v_head
@@ -83,26 +101,28 @@ def attention(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     a, b, c, e = tiles_of(block, rows, start, limit, window, BLOCK_M, BLOCK_N, GROUP, CAUSAL, WINDOWED, TREE)
+    if LISTED:
+        a, b, c, e = 0, 0, 0, length(lists, most)
     split = tl.program_id(1)
     a, b, c, e = part_of(a, b, c, e, split, SPLITS)
-    if WINDOWED:
+    if WINDOWED and not LISTED:
         acc, top, total = over_tiles(
             acc, top, total, x, a, b, k, v, masks, k_row, v_row, mask_key, row, start, limit, window, softcap,
-            tree, depths, rows, common, k_batch, v_batch,
+            tree, depths, rows, common, k_batch, v_batch, lists,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED,
-            PRECISION, TREE, SHARED, True,
+            PRECISION, TREE, SHARED, LISTED, True,
         )  # fmt: skip
     acc, top, total = over_tiles(
         acc, top, total, x, b, c, k, v, masks, k_row, v_row, mask_key, row, start, limit, window, softcap,
-        tree, depths, rows, common, k_batch, v_batch,
+        tree, depths, rows, common, k_batch, v_batch, lists,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED,
-        PRECISION, TREE, SHARED, False,
+        PRECISION, TREE, SHARED, LISTED, False,
     )  # fmt: skip
     acc, top, total = over_tiles(
         acc, top, total, x, c, e, k, v, masks, k_row, v_row, mask_key, row, start, limit, window, softcap,
-        tree, depths, rows, common, k_batch, v_batch,
+        tree, depths, rows, common, k_batch, v_batch, lists,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED,
-        PRECISION, TREE, SHARED, True,
+        PRECISION, TREE, SHARED, LISTED, True,
     )  # fmt: skip
     if SPLITS > 1:
         r = block * BLOCK_M + tl.arange(0, BLOCK_M)
