@@ -72,6 +72,8 @@ def _packing(form: Form) -> dict[str, Constant]:
 
 def kernel(form: Form, values: str, tiles: Tiles, aligned: tuple[str, ...] = ()) -> Kernel:
     """y from q and what `packing` wrote; the form's products are not read. `aligned` as for attention of floats."""
+    if form.tree or form.shared or form.listed:
+        raise ValueError("int8 attention takes no tree of queries, shared keys or listed blocks: use one of floats")
     arguments = {
         "y": POINTERS[form.y], "q": POINTERS[form.q], "keys8": "*i8", "key_scales": "*fp32",
         "values8": VALUES[values][0], "channels": "*fp32", "mask": mask_pointer(form),

@@ -144,6 +144,12 @@ def test_machine_code(arch, values):
     builds(family.kernel(form, values, family.space(form, values, arch)[0], ("y", "q")), (arch,))
 
 
+@pytest.mark.parametrize("operand", ["tree", "shared", "listed"])
+def test_operands_that_it_does_not_take(operand):
+    with pytest.raises(ValueError, match="takes no tree of queries, shared keys or listed blocks"):
+        family.kernel(Form(64, 64, **{operand: True}), "fp8", SMALL)
+
+
 def test_float8_needs_sm_89():
     form = Form(64, 64)
     with pytest.raises(CompileError, match="attention_int8 for sm_80"):
