@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -65,17 +66,20 @@ def interpret(kernel: Kernel, grid: tuple[int, ...], arguments: Mapping[str, Any
 def _interpreted_language() -> Iterator[None]:
     """Triton's language as its interpreter needs it, and as its compiler needs it again afterwards.
 
-    What the language defines by functions of its own, such as `tl.sum`, is taken in interpreted form; calls between
-    interpreted functions leave changes behind.
+    What the language defines by functions of its own, such as `tl.sum`, is taken in interpreted form, and so are those
+    that it reduces by, which the interpreter knows and does at once; calls between interpreted functions leave changes
+    behind.
     """
     language = require_triton().language
-    core = language.core
-    places = (language, core, language.math, core.tensor, core.tensor_descriptor_base, core.dtype, core.condition)
+    core, standard = language.core, language.standard
+    classes = (core.tensor, core.tensor_descriptor_base, core.dtype, core.condition)
+    places = (language, standard, core, language.math, *classes)
     before = [dict(vars(place)) for place in places]
     try:
         for name, function in _standard().items():
-            setattr(language, name, function)
-        yield
+            setattr(standard if name.startswith("_") else language, name, function)
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # a maximum over NaN alone
+            yield
     finally:
         for place, values in zip(places, before, strict=True):
             _restore(place, values)
@@ -94,5 +98,7 @@ def _standard() -> Mapping[str, Any]:
     triton = require_triton()
     path = Path(triton.language.standard.__file__)
     module = _module("triton.language.interpreted", path, interpreted=True)
-    functions = {name: value for name, value in vars(triton.language).items() if isinstance(value, triton.JITFunction)}
+    language = triton.language
+    wanted = {**vars(language), **{n: f for n, f in vars(language.standard).items() if n.startswith("_")}}
+    functions = {name for name, value in wanted.items() if isinstance(value, triton.JITFunction)}
     return {name: getattr(module, name) for name in functions if hasattr(module, name)}
