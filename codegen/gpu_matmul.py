@@ -154,7 +154,12 @@ def is_gemv(m: int) -> bool:
 def kernel(linear: Linear, tile: Tile, k: int, aligned: tuple[str, ...] = ()) -> Kernel:
     """The product on tensor cores, for any number of rows. `aligned` sizes and pointers are multiples of 16."""
     step = _step(linear, tile.k)
-    fixed = {"PRECISION": linear.precision, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "GROUP_M": tile.group_m}
+    fixed: dict[str, Constant] = {
+        "PRECISION": linear.precision,
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "GROUP_M": tile.group_m,
+    }
     return _kernel("matmul", linear, tile, k, aligned, fixed | {"BLOCK_K": step})
 
 
@@ -163,7 +168,8 @@ def gemv(linear: Linear, tile: Tile, m: int, k: int, aligned: tuple[str, ...] = 
     if not is_gemv(m):
         raise CompileError(f"found {m} rows for a product without tensor cores, expected at most {MOST_ROWS}")
     lanes = linear.group or {32: 4, 16: 8}.get(BITS[linear.weight], 16)
-    fixed = {"ROWS": 1 << (m - 1).bit_length(), "BLOCK_N": tile.n, "BLOCK_K": max(tile.k, lanes), "LANES": lanes}
+    rows = 1 << (m - 1).bit_length()
+    fixed: dict[str, Constant] = {"ROWS": rows, "BLOCK_N": tile.n, "BLOCK_K": max(tile.k, lanes), "LANES": lanes}
     return _kernel("gemv", linear, tile, k, aligned, fixed)
 
 

@@ -18,7 +18,9 @@ LEAST_STEPS = 4
 
 def tiles(linear: Linear, m: int, n: int, k: int, arch: str = "sm_80") -> tuple[Tile, ...]:
     """Of `kernel` for up to m rows."""
-    first = _guess(linear, m, n, k)
+    most = SHARED[arch] * 1024
+    guess = _guess(linear, m, n, k)
+    first = next(t for s in (guess.stages, 2, 1) if shared_bytes(linear, t := replace(guess, stages=s)) <= most)
     shapes = [(a, b) for a in (16, 32, 64, 128) for b in (32, 64, 128, 256) if a <= 2 * first.m and a * b <= 128 * 256]
     others = (
         replace(first, m=a, n=b, warps=_warps(a, b, linear), stages=stages, splits=_splits(a, b, first.k, m, n, k))
@@ -27,7 +29,7 @@ def tiles(linear: Linear, m: int, n: int, k: int, arch: str = "sm_80") -> tuple[
         if a >= first.m // 2
     )
     found = (first, *(replace(first, splits=s) for s in (1, 2, 4, 8) if s * LEAST_STEPS * first.k <= k), *others)
-    return _distinct(tile for tile in found if tile == first or shared_bytes(linear, tile) <= SHARED[arch] * 1024)
+    return _distinct(tile for tile in found if shared_bytes(linear, tile) <= most)
 
 
 def gemv_tiles(linear: Linear, n: int, k: int) -> tuple[Tile, ...]:
@@ -48,11 +50,11 @@ def shared_bytes(linear: Linear, tile: Tile) -> int:
 
 
 def _guess(linear: Linear, m: int, n: int, k: int) -> Tile:
-    """128 bytes of every row at a time; narrower tiles where fewer than the processors would be busy, then parts."""
-    step = 128 * 8 // BITS[linear.type]
+    """128 bytes of a row at a time; narrower tiles where fewer than the processors would be busy, then parts."""
+    step = 128 * 8 // max(BITS[linear.type], BITS[linear.x])
     step = min(step, linear.group or step)
     rows = min(128, max(16, 1 << (m - 1).bit_length()))
-    widest = 64 if linear.gated or rows <= 32 else 128
+    widest = 64 if linear.gated or rows <= 32 or linear.type == "fp32" else 128
     columns = next((c for c in (widest, 64, 32) if -(-m // rows) * -(-n // c) >= PROCESSORS), 32)
     stages = 4 if rows <= 64 else 3
     return Tile(rows, columns, step, _warps(rows, columns, linear), stages, _splits(rows, columns, step, m, n, k))

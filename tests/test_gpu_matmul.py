@@ -33,6 +33,8 @@ FORMS = {
     "int3 rows": Linear("i8", "i3", "fp32", group=32, rounding="given"),
     "int3, float rows": Linear("fp32", "i3", "fp32", group=128, precision="ieee"),
 }
+QUICK = ("float16, after a norm", "float8 rows", "int8 rows", "int8, a step", "int4, float rows", "int3 rows")
+"""Left to the night: forms that differ from these by what products of many rows are tested with."""
 
 
 def close(y: torch.Tensor, expected: torch.Tensor) -> None:
@@ -47,7 +49,9 @@ def test_products(name: str):
     close(result(linear, Tile(16, 16, 64), arguments, 18), expected)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.nightly) for name in FORMS]
+)
 def test_products_of_a_few_rows(name: str):
     linear = FORMS[name]
     arguments, expected = problem(linear, 3, 5, 104)

@@ -12,6 +12,7 @@ LAYERS = {
     "bfloat16": Linear("bf16", "bf16", "bf16"),
     "float32": Linear("fp32", "fp32", "fp32"),
     "int8": Linear("i8", "i8", "bf16", rounding="given", gated=True, activation="silu"),
+    "int8, fused": Linear("fp32", "i8", "fp32", rounding="rows", gated=True, activation="gelu"),
     "int4": Linear("bf16", "i4", "bf16", group=64),
     "int3": Linear("bf16", "i3", "bf16", group=32, rounding="rows", norm=Norm("rms", 1e-6)),
 }
