@@ -14,6 +14,8 @@ BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8e4nv": 8, "i8": 8, "i4": 4, "i3"
 """Of a stored weight; "i4" and "i3" are packed in uint8 as compiler/packing.py says."""
 FLOATS = ("fp32", "bf16", "fp16")
 LARGEST = {4: 7, 8: 127}
+DEEPEST = ((1 << 31) - 1) // (128 * 127)
+"""The depth to which products of whole numbers fit into 32 bits."""
 MOST_ROWS = 4
 """Of x in a product without tensor cores."""
 SIZES = ("m", "n", "k", "x_row", "w_row", "y_row", "residual_row")
@@ -151,6 +153,11 @@ def is_gemv(m: int) -> bool:
     return m <= MOST_ROWS
 
 
+def aligned_of(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The argument `aligned` where every pointer is a multiple of 16 bytes: with sizes that are, loads are wide."""
+    return (*POINTERS, *(name for name, size in sizes.items() if size % 16 == 0))
+
+
 def kernel(linear: Linear, tile: Tile, k: int, aligned: tuple[str, ...] = ()) -> Kernel:
     """The product on tensor cores, for any number of rows. `aligned` sizes and pointers are multiples of 16."""
     step = _step(linear, tile.k)
@@ -203,6 +210,8 @@ def parts_bytes(linear: Linear, splits: int, m: int, n: int) -> int:
 def _kernel(
     name: str, linear: Linear, tile: Tile, k: int, aligned: tuple[str, ...], fixed: Mapping[str, Constant]
 ) -> Kernel:
+    if linear.type == "i8" and linear.group == 0 and k > DEEPEST:
+        raise CompileError(f"found whole numbers to a depth of {k}, expected at most {DEEPEST}, or groups of columns")
     types = linear.types()
     if tile.splits > 1:
         types["y"] = "*fp32"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from sylvester.codegen.gpu_matmul import Linear, Norm, Tile, finish, gemv, grid, kernel, parts_bytes
+from sylvester.codegen.gpu_matmul import SIZES, Linear, Norm, Tile, aligned_of, finish, gemv, grid, kernel, parts_bytes
 from sylvester.codegen.gpu_rows import candidates, quantize_grid
 from sylvester.codegen.gpu_rows import quantize_rows as rows_kernel
 from sylvester.compiler.errors import CompileError
@@ -122,7 +122,7 @@ def test_long_rows_are_read_in_parts():
     assert torch.equal(scales[:, None], scale)
 
 
-ALIGNED = ("x", "w", "up", "y", "n", "k", "x_row", "w_row", "y_row", "residual", "residual_row")
+ALIGNED = aligned_of(dict.fromkeys(SIZES, 4096) | {"m": 1})
 BUILT = {
     "bfloat16": (Linear("bf16", "bf16", "bf16", bias="bf16", gated=True, activation="silu"), Tile(128, 64, 64, 8)),
     "int8": (Linear("i8", "i8", "bf16", rounding="given", residual="bf16"), Tile(128, 128, 64, 8)),
@@ -135,6 +135,14 @@ def test_machine_code(name: str):
     linear, tile = BUILT[name]
     builds(kernel(linear, tile, 4096, ALIGNED))
     builds(gemv(linear, Tile(1, 8, 256), 1, 4096, ALIGNED), ("sm_90",))
+
+
+def test_rows_of_any_length_are_read_by_narrow_loads():
+    linear = Linear("bf16", "bf16", "bf16")
+    sizes = {"n": 4096, "k": 100, "x_row": 100, "w_row": 112}
+    made = kernel(linear, Tile(16, 32, 32), 100, aligned_of(sizes))
+    assert made.aligned == ("x", "w", "y", "n", "w_row")
+    builds(made, ("sm_80",))
 
 
 def test_machine_code_of_rows_and_sums():
@@ -159,6 +167,7 @@ def test_float8_has_no_machine_code_for_ampere():
         (lambda: Linear("i8", "i8", "fp32"), "x in 'i8'"),
         (lambda: Linear("fp32", "i8", "fp32", bits=16, rounding="rows"), "rows of 16 bits"),
         (lambda: gemv(FORMS["float32"], Tile(1, 8, 64), 5, 64), "5 rows"),
+        (lambda: kernel(FORMS["int8 rows"], Tile(16, 16, 64), 1 << 18), "a depth of 262144"),
         (lambda: rows_kernel("i8", 64), "rows in 'i8'"),
     ],
 )

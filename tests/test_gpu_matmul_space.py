@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sylvester.codegen.gpu_matmul import Linear, Norm, gemv, kernel
+from sylvester.codegen.gpu_matmul import SIZES, Linear, Norm, aligned_of, gemv, kernel
 from sylvester.codegen.gpu_matmul_space import SHARED, gemv_tiles, shared_bytes, tiles
 from tests.gpu import builds
 
@@ -16,7 +16,7 @@ LAYERS = {
     "int4": Linear("bf16", "i4", "bf16", group=64),
     "int3": Linear("bf16", "i3", "bf16", group=32, rounding="rows", norm=Norm("rms", 1e-6)),
 }
-ALIGNED = ("x", "w", "up", "y", "n", "k", "x_row", "w_row", "y_row")
+ALIGNED = aligned_of(dict.fromkeys(SIZES, 4096))
 
 
 @pytest.mark.parametrize("arch", SHARED)

@@ -38,8 +38,7 @@ def gemv(
     r_in, c_in = tl.minimum(r, m - 1), tl.minimum(c, n - 1)
     x_at, w_at = r_in.to(tl.int64) * x_row, c_in.to(tl.int64) * w_row
     mean, factor, scale = prologue(
-        x, x_at, r_in, x_scales, norm_weight, norm_bias, k, eps,
-        NORM, WEIGHTED, SHIFTED, ROUND, MOST, EVEN, BLOCK_K,
+        x, x_at, r_in, x_scales, norm_weight, norm_bias, k, eps, NORM, WEIGHTED, SHIFTED, ROUND, MOST
     )  # fmt: skip
     SUM: tl.constexpr = tl.int32 if MOST > 0 else tl.float32
     acc = tl.zeros((ROWS, BLOCK_N, BLOCK_K // LANES), tl.int32 if MOST > 0 and GROUP == 0 else tl.float32)

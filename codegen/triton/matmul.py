@@ -41,9 +41,9 @@ def x_tile(
 def prologue(
     x, at, r, x_scales, norm_weight, norm_bias, k, eps,
     NORM: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, ROUND: tl.constexpr, MOST: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Mean, 1 / deviation and scale of rows r that begin at x + at."""
+    BLOCK_K: tl.constexpr = 64 if at.shape[0] > 32 else 2048 // at.shape[0]
     mean = tl.zeros(at.shape, tl.float32)
     factor = mean
     scale = mean
@@ -55,7 +55,7 @@ def prologue(
         scale += tl.load(x_scales)
     elif ROUND == "rows":
         scale = row_scales(
-            x, at, k, mean, factor, norm_weight, norm_bias, NORM, WEIGHTED, SHIFTED, EVEN, BLOCK_K, MOST
+            x, at, k, mean, factor, norm_weight, norm_bias, NORM, WEIGHTED, SHIFTED, False, BLOCK_K, MOST
         )  # fmt: skip
     return mean, factor, scale
 
@@ -90,8 +90,7 @@ def matmul(
     r_in, c_in = tl.minimum(r, m - 1), tl.minimum(c, n - 1)
     x_at, w_at = r_in.to(tl.int64) * x_row, c_in.to(tl.int64) * w_row
     mean, factor, scale = prologue(
-        x, x_at, r_in, x_scales, norm_weight, norm_bias, k, eps,
-        NORM, WEIGHTED, SHIFTED, ROUND, MOST, EVEN, BLOCK_K,
+        x, x_at, r_in, x_scales, norm_weight, norm_bias, k, eps, NORM, WEIGHTED, SHIFTED, ROUND, MOST
     )  # fmt: skip
     SUM: tl.constexpr = tl.int32 if TYPE == "i8" and GROUP == 0 else tl.float32
     acc = tl.zeros((BLOCK_M, BLOCK_N), SUM)

@@ -10,19 +10,20 @@ from sylvester.codegen.triton.weights import stored_tile
 @triton.jit
 def statistics(x, at, k, eps, NORM: tl.constexpr, BLOCK_K: tl.constexpr):
     """Mean and 1 / deviation of rows that begin at x + at [rows], in float32; an RMS norm has no mean."""
+    none = tl.zeros((at.shape[0], BLOCK_K), tl.float32)
     mean = tl.zeros(at.shape, tl.float32)
     if NORM == "layer":
+        sums = none
         for start in range(0, k, BLOCK_K):
-            j = start + tl.arange(0, BLOCK_K)
-            mean += tl.sum(tl.load(x + at[:, None] + j[None, :], j[None, :] < k, 0.0).to(tl.float32), 1)
-        mean = mean / k
-    squares = tl.zeros(at.shape, tl.float32)
+            sums += stored_tile(x, at, start, k, False, BLOCK_K).to(tl.float32)
+        mean = tl.sum(sums, 1) / k
+    squares = none
     for start in range(0, k, BLOCK_K):
-        j = start + tl.arange(0, BLOCK_K)
-        v = tl.load(x + at[:, None] + j[None, :], j[None, :] < k, 0.0).to(tl.float32)
-        v = tl.where(j[None, :] < k, v - mean[:, None], 0.0)
-        squares += tl.sum(v * v, 1)
-    return mean, 1.0 / tl.sqrt_rn(squares / k + eps)
+        v = stored_tile(x, at, start, k, False, BLOCK_K).to(tl.float32)
+        if NORM == "layer":
+            v = tl.where((start + tl.arange(0, BLOCK_K))[None, :] < k, v - mean[:, None], 0.0)
+        squares += v * v
+    return mean, 1.0 / tl.sqrt_rn(tl.sum(squares, 1) / k + eps)
 
 
 @triton.jit
@@ -60,11 +61,11 @@ def row_scales(
     MOST: tl.constexpr,
 ):  # fmt: skip
     """Largest size of each normalised row over MOST."""
-    top = tl.zeros(at.shape, tl.float32)
+    top = tl.zeros((at.shape[0], BLOCK_K), tl.float32)
     for start in range(0, k, BLOCK_K):
         v = float_tile(x, at, start, k, mean, factor, norm_weight, norm_bias, NORM, WEIGHTED, SHIFTED, EVEN, BLOCK_K)
-        top = tl.maximum(top, tl.max(tl.abs(v), 1))
-    return tl.div_rn(top, tl.full(top.shape, MOST, tl.float32))
+        top = tl.maximum(top, tl.abs(v))
+    return tl.div_rn(tl.max(top, 1), tl.full(at.shape, MOST, tl.float32))
 
 
 @triton.jit
