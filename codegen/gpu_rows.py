@@ -34,7 +34,8 @@ def quantize_rows(x: str, k: int, norm: Norm | None = None, bits: int = 8, step:
         "BLOCK_K": block,
     }
     aligned = ("x", "numbers", *(("k", "x_row", "numbers_row") if k % 16 == 0 else ()))
-    return Kernel(text("rows"), "quantize_rows", types, constants, aligned, warps=8 if block >= 4096 else 4, stages=1)
+    name = "quantize_rows" if k <= block else "quantize_long_rows"
+    return Kernel(text("rows"), name, types, constants, aligned, warps=8 if block >= 4096 else 4, stages=1)
 
 
 def candidates(x: str, k: int, norm: Norm | None = None, bits: int = 8, step: bool = False) -> tuple[Kernel, ...]:

@@ -112,14 +112,18 @@ def test_rows_by_a_step_are_cut():
     assert torch.equal(numbers.float(), quantize_rows(x, 8, step)[0])
 
 
-def test_long_rows_are_read_in_parts():
+@pytest.mark.parametrize("norm", [None, Norm("layer", 1e-5, "fp32", "fp32")], ids=["none", "layer"])
+def test_long_rows_are_read_in_parts(norm: Norm | None):
     k = 8192 + 96
-    x, numbers, scales = torch.randn(2, k), torch.empty(2, k, dtype=torch.int8), torch.empty(2)
-    run(rows_kernel("fp32", k), quantize_grid(2, k), x=x, numbers=numbers, scales=scales, m=2, k=k, x_row=k,
-        numbers_row=k)  # fmt: skip
-    expected, scale = quantize_rows(x)
-    assert torch.equal(numbers.float(), expected)
-    assert torch.equal(scales[:, None], scale)
+    x, numbers, scales = torch.randn(2, k) + 1, torch.empty(2, k, dtype=torch.int8), torch.empty(2)
+    linear = Linear("fp32", "i8", "fp32", rounding="rows", norm=norm)
+    held = {name: torch.randn(k) for name in norm_types(linear)}
+    run(rows_kernel("fp32", k, norm), quantize_grid(2, k), x=x, numbers=numbers, scales=scales, **held,
+        m=2, k=k, x_row=k, numbers_row=k)  # fmt: skip
+    expected, scale = quantize_rows(normalised(linear, x.double(), held))
+    torch.testing.assert_close(scales[:, None], scale, rtol=1e-5, atol=0)
+    assert ((numbers - expected).abs() <= 1).all()
+    assert (numbers == expected).double().mean() > 0.995
 
 
 ALIGNED = aligned_of(dict.fromkeys(SIZES, 4096) | {"m": 1})
@@ -147,6 +151,7 @@ def test_rows_of_any_length_are_read_by_narrow_loads():
 
 def test_machine_code_of_rows_and_sums():
     builds(rows_kernel("bf16", 4096, RMS))
+    builds(rows_kernel("bf16", 14336, LAYER), ("sm_90",))
     builds(finish(Linear("bf16", "bf16", "bf16", gated=True, activation="gelu"), 4, ALIGNED), ("sm_80",))
 
 

@@ -27,13 +27,11 @@ def statistics(x, at, k, eps, NORM: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def float_tile(
-    x, at, start, k, mean, factor, norm_weight, norm_bias,
-    NORM: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr,
+def normalised(
+    v, j, k, mean, factor, norm_weight, norm_bias,
+    NORM: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """float32 [rows, BLOCK_K] of normalised rows from column `start`, 0 past k."""
-    j = start + tl.arange(0, BLOCK_K)
-    v = stored_tile(x, at, start, k, EVEN, BLOCK_K).to(tl.float32)
+    """Columns j of normalised rows, 0 past k."""
     if NORM != "none":
         v = (v - mean[:, None]) * factor[:, None]
         if WEIGHTED:
@@ -43,6 +41,17 @@ def float_tile(
         if not EVEN:
             v = tl.where(j[None, :] < k, v, 0.0)
     return v
+
+
+@triton.jit
+def float_tile(
+    x, at, start, k, mean, factor, norm_weight, norm_bias,
+    NORM: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """float32 [rows, BLOCK_K] of normalised rows from column `start`, 0 past k."""
+    j = start + tl.arange(0, BLOCK_K)
+    v = stored_tile(x, at, start, k, EVEN, BLOCK_K).to(tl.float32)
+    return normalised(v, j, k, mean, factor, norm_weight, norm_bias, NORM, WEIGHTED, SHIFTED, EVEN)
 
 
 @triton.jit
@@ -74,10 +83,37 @@ def quantize_rows(
     NORM: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr,
     EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """int8 numbers [m, k] of normalised rows of x, and their scales [m]; with STEP `scales` is one number to read."""
+    """int8 numbers [m, k <= BLOCK_K] of normalised rows of x, read once, and their scales [m]."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = r < m
     r = tl.minimum(r, m - 1).to(tl.int64)
+    j = tl.arange(0, BLOCK_K)
+    v = stored_tile(x, r * x_row, 0, k, EVEN, BLOCK_K).to(tl.float32)
+    mean = tl.zeros((ROWS,), tl.float32)
+    factor = mean
+    if NORM == "layer":
+        mean = tl.sum(v, 1) / k
+    if NORM != "none":
+        centred = v if NORM == "rms" else tl.where(j[None, :] < k, v - mean[:, None], 0.0)
+        factor = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / k + eps)
+    v = normalised(v, j, k, mean, factor, norm_weight, norm_bias, NORM, WEIGHTED, SHIFTED, EVEN)
+    if STEP:
+        scale = tl.zeros((ROWS,), tl.float32) + tl.load(scales)
+    else:
+        scale = tl.div_rn(tl.max(tl.abs(v), 1), tl.full((ROWS,), MOST, tl.float32))
+        tl.store(scales + r, scale, inside)
+    place = numbers + (r * numbers_row)[:, None] + j[None, :]
+    tl.store(place, to_numbers(v, scale, MOST), inside[:, None] & (j[None, :] < k))
+
+
+@triton.jit
+def quantize_long_rows(
+    x, numbers, scales, norm_weight, norm_bias, m, k, x_row, numbers_row, eps,
+    NORM: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`quantize_rows` of one row a program and any k: a part of it at a time, from the cache after the first time."""
+    r = tl.program_id(0) + tl.arange(0, ROWS).to(tl.int64)
     at = r * x_row
     mean = tl.zeros((ROWS,), tl.float32)
     factor = mean
@@ -86,12 +122,9 @@ def quantize_rows(
     if STEP:
         scale = tl.zeros((ROWS,), tl.float32) + tl.load(scales)
     else:
-        scale = row_scales(
-            x, at, k, mean, factor, norm_weight, norm_bias, NORM, WEIGHTED, SHIFTED, EVEN, BLOCK_K, MOST
-        )  # fmt: skip
-        tl.store(scales + r, scale, inside)
+        scale = row_scales(x, at, k, mean, factor, norm_weight, norm_bias, NORM, WEIGHTED, SHIFTED, EVEN, BLOCK_K, MOST)
+        tl.store(scales + r, scale)
     for start in range(0, k, BLOCK_K):
         v = float_tile(x, at, start, k, mean, factor, norm_weight, norm_bias, NORM, WEIGHTED, SHIFTED, EVEN, BLOCK_K)
         j = start + tl.arange(0, BLOCK_K)
-        place = numbers + (r * numbers_row)[:, None] + j[None, :]
-        tl.store(place, to_numbers(v, scale, MOST), inside[:, None] & (j[None, :] < k))
+        tl.store(numbers + (r * numbers_row)[:, None] + j[None, :], to_numbers(v, scale, MOST), j[None, :] < k)
