@@ -9,8 +9,8 @@ from torch import Tensor
 from sylvester.codegen.gpu_kernel import Constant, Kernel, text
 from sylvester.codegen.gpu_matmul import FLOATS, LARGEST
 from sylvester.compiler.errors import CompileError
+from sylvester.compiler.hadamard import Scheme, scheme_of
 from sylvester.compiler.hadamard import base as base_matrix
-from sylvester.compiler.hadamard import scheme_of
 
 WHOLE = 128
 """The largest block that is one row of a matrix."""
@@ -23,6 +23,10 @@ TERMS = {"bf16": 2, "fp16": 2, "fp32": 3}
 """Numbers in bfloat16 that make up x, and what comes between the products."""
 DEPTH = 16
 """Rows of x that are read at a time."""
+
+
+HELD_ROWS = 64
+"""The most rows of a block that is held as [rows, B, A]."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +66,34 @@ class Hadamard:
         return self.block // self.columns
 
     @property
+    def axes(self) -> tuple[int, int, int] | None:
+        """R, B, A of a block that a program holds as [R, B, A], or None: in float32 three products spill registers."""
+        if self.rows <= HELD_ROWS or self.x == "fp32" or (self.bits and self.width > self.block):
+            return None
+        found = scheme_of(self.block)
+        free = 4 if found.order == 1 else 0
+        a, b = (found.k - free + 1) // 2, (found.k - free) // 2
+        if found.order > HELD_ROWS or not 4 <= b <= a <= 6:
+            return None
+        held = _padded(found.order << free) << a + b
+        return (found.order << free, 1 << b, 1 << a) if held <= HELD else None
+
+    @property
     def blocks(self) -> int:
         """Of one program: those of a row where it is rounded, else as many as keep tensor cores busy."""
         if self.bits:
             return self.width // self.block
+        if self.axes:
+            return 1
         wanted = 64 if self.rows == 1 and self.x != "fp32" else 16
         return max(1, wanted // self.rows)
 
     @property
     def tile(self) -> tuple[int, int]:
         """Rows and columns that a program holds, padded."""
+        if self.axes:
+            rows, b, a = self.axes
+            return _padded(rows), a * b
         rows, columns = _padded(self.blocks * self.rows), _padded(self.columns)
         return (rows if self.bits else min(rows, HELD // columns)), columns
 
@@ -85,36 +107,53 @@ def fuses(x: str, width: int, block: int) -> bool:
 def kernel(rotation: Hadamard) -> Kernel:
     """Arguments x, y, scales (rounded rows), base (see `base`), and sizes blocks, x_row, y_row."""
     found = scheme_of(rotation.block)
-    inner = rotation.columns.bit_length() - 1
     types = {"x": f"*{rotation.x}", "y": f"*{rotation.y}"}
     types |= {"scales": "*fp32"} if rotation.bits else {}
     types |= {"base": "*i8"} if found.bases else {}
     types |= dict.fromkeys(("blocks", "x_row", "y_row"), "i32")
-    rows, columns = rotation.tile
-    whole = rotation.rows == 1
     constants: dict[str, Constant] = dict.fromkeys((n for n in ("scales", "base") if n not in types), 0)
     constants |= {
         "FACTOR": rotation.block**-0.5,
-        "R": rotation.rows,
-        "W": rotation.columns,
         "PER_ROW": rotation.width // rotation.block,
-        "BLOCKS": rotation.blocks,
         "TURNED": rotation.transposed,
         "H": found.order,
-        "LOG": 0 if whole else found.k - inner,
-        "INNER_H": found.order if whole else 1,
-        "INNER_LOG": found.k if whole else inner,
         "TERMS_OF_X": TERMS_OF_X[rotation.x],
         "TERMS": TERMS[rotation.x],
         "MOST": LARGEST[rotation.bits] if rotation.bits else 0,
         "STEP": rotation.step,
+    }
+    shape = _held(*rotation.axes, found) if rotation.axes else _streamed(rotation, found)
+    aligned = ("x", "y", *(("x_row", "y_row") if rotation.width % 16 == 0 else ()))
+    rows, columns = rotation.tile
+    warps = 8 if rotation.axes else max(4, min(16, rows * columns // 1024))
+    name = "hadamard_held" if rotation.axes else "hadamard"
+    return Kernel(text("hadamard"), name, types, constants | shape, aligned, warps, stages=2)
+
+
+def _held(rows: int, b: int, a: int, found: Scheme) -> dict[str, Constant]:
+    logs = {
+        "A_LOG": a.bit_length() - 1,
+        "B_LOG": b.bit_length() - 1,
+        "LOG": 0 if found.bases else rows.bit_length() - 1,
+    }
+    return {"R": rows, "A": a, "B": b, **logs, "ROWS": _padded(rows)}
+
+
+def _streamed(rotation: Hadamard, found: Scheme) -> dict[str, Constant]:
+    """Of the kernel that reads some rows of a block at a time."""
+    whole, inner = rotation.rows == 1, rotation.columns.bit_length() - 1
+    rows, columns = rotation.tile
+    return {
+        "R": rotation.rows,
+        "W": rotation.columns,
+        "BLOCKS": rotation.blocks,
+        "LOG": 0 if whole else found.k - inner,
+        "INNER_H": found.order if whole else 1,
+        "INNER_LOG": found.k if whole else inner,
         "ROWS": rows,
         "COLUMNS": columns,
         "DEPTH": DEPTH,
     }
-    aligned = ("x", "y", *(("x_row", "y_row") if rotation.width % 16 == 0 else ()))
-    warps = max(4, min(16, rows * columns // 1024))
-    return Kernel(text("hadamard"), "hadamard", types, constants, aligned, warps, stages=2)
 
 
 def candidates(rotation: Hadamard) -> tuple[Kernel, ...]:
@@ -123,7 +162,8 @@ def candidates(rotation: Hadamard) -> tuple[Kernel, ...]:
     warps = [w for w in (first.warps // 2, first.warps * 2) if 2 <= w <= 16]
     deeper = replace(first, constants={**first.constants, "DEPTH": 2 * DEPTH})
     others = (replace(first, warps=w) for w in warps)
-    return (first, *others, *((deeper, replace(deeper, stages=3)) if rotation.rows > 1 else ()))
+    streamed = rotation.rows > 1 and not rotation.axes
+    return (first, *others, *((deeper, replace(deeper, stages=3)) if streamed else ()))
 
 
 def base(block: int) -> Tensor | None:
@@ -135,8 +175,8 @@ def base(block: int) -> Tensor | None:
 def grid(rotation: Hadamard, rows: int) -> tuple[int, int]:
     """For so many rows of memory."""
     blocks = rows * (rotation.width // rotation.block)
-    held = rotation.blocks * rotation.rows
-    return -(-blocks // rotation.blocks), -(-held // rotation.tile[0])
+    parts = 1 if rotation.axes else -(-rotation.blocks * rotation.rows // rotation.tile[0])
+    return -(-blocks // rotation.blocks), parts
 
 
 def _padded(n: int) -> int:

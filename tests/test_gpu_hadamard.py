@@ -32,8 +32,16 @@ def rotated(rotation: Hadamard, x: Tensor, scales: Tensor | None = None) -> Tens
     ("width", "block", "transposed"),
     [
         *((6, 1, False), (24, 8, False), (64, 64, False), (256, 256, False), (768, 256, False), (2048, 2048, False)),
-        *((40, 20, False), (72, 36, True), (60, 12, True), (240, 240, True), (768, 768, False), (5504, 5504, True)),
-        *((264, 264, True), (144, 144, False)),
+        *(
+            (8192, 8192, False),
+            (40, 20, False),
+            (72, 36, True),
+            (60, 12, True),
+            (240, 240, True),
+            (768, 768, False),
+            (5504, 5504, True),
+        ),
+        *((264, 264, True), (144, 144, False), (6144, 3072, False)),
     ],
 )
 def test_rotations(width: int, block: int, transposed: bool):
@@ -44,15 +52,18 @@ def test_rotations(width: int, block: int, transposed: bool):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_short_floats_are_rounded_once(dtype: torch.dtype):
-    x = torch.randn(2, 1536).to(dtype)
-    expected = transform(x.double(), 768)
-    y = rotated(Hadamard(NAMES[dtype], NAMES[dtype], 1536, 768), x)
+@pytest.mark.parametrize(("width", "block"), [(1536, 768), (7168, 7168), (16384, 8192)])
+def test_short_floats_are_rounded_once(width: int, block: int, dtype: torch.dtype):
+    x = torch.randn(2, width).to(dtype)
+    expected = transform(x.double(), block)
+    y = rotated(Hadamard(NAMES[dtype], NAMES[dtype], width, block), x)
     error = (y.double() - expected).abs()
     assert (error <= (expected.to(dtype).double() - expected).abs() + 2**-14).all()
 
 
-@pytest.mark.parametrize(("width", "block", "bits"), [(768, 768, 8), (512, 128, 8), (1024, 1024, 4), (60, 20, 4)])
+@pytest.mark.parametrize(
+    ("width", "block", "bits"), [(768, 768, 8), (7168, 7168, 8), (512, 128, 8), (1024, 1024, 4), (60, 20, 4)]
+)
 def test_rows_are_rounded_in_the_same_pass(width: int, block: int, bits: int):
     x = torch.randn(3, width) * torch.tensor([1.0, 0.0, 1e3])[:, None]
     scales = torch.empty(3)
@@ -63,10 +74,11 @@ def test_rows_are_rounded_in_the_same_pass(width: int, block: int, bits: int):
     assert (numbers == expected).double().mean() > 0.995
 
 
-def test_rows_are_rounded_by_a_step():
-    x, step = torch.randn(3, 256).bfloat16(), torch.tensor([0.01])
-    numbers = rotated(Hadamard("bf16", "i8", 256, 256, bits=8, step=True), x, step)
-    expected, _ = quantize_rows(transform(x.double(), 256), 8, step)
+@pytest.mark.parametrize("width", [256, 5120])
+def test_rows_are_rounded_by_a_step(width: int):
+    x, step = torch.randn(3, width).bfloat16(), torch.tensor([0.01])
+    numbers = rotated(Hadamard("bf16", "i8", width, width, bits=8, step=True), x, step)
+    expected, _ = quantize_rows(transform(x.double(), width), 8, step)
     assert ((numbers - expected).abs() <= 1).all()
     assert (numbers == expected).double().mean() > 0.99
     assert numbers.max() == 127
@@ -74,7 +86,9 @@ def test_rows_are_rounded_by_a_step():
 
 def test_machine_code():
     builds(kernel(Hadamard("bf16", "bf16", 4096, 4096)))
-    builds(kernel(Hadamard("bf16", "i8", 14336, 14336, bits=8)), ("sm_90",))
+    held = Hadamard("bf16", "i8", 14336, 14336, bits=8)
+    assert held.axes == (28, 16, 32)
+    builds(kernel(held), ("sm_90",))
     builds(kernel(Hadamard("fp32", "fp32", 128, 128)), ("sm_80",))
 
 

@@ -56,6 +56,20 @@ def places(r, j, first, row, R: tl.constexpr, W: tl.constexpr, PER_ROW: tl.const
 
 
 @triton.jit
+def write(place, v, within, scales, MOST: tl.constexpr, STEP: tl.constexpr):
+    """v as floats or, with MOST > 0, as the numbers of one row of memory, of which tl.program_id(0) is the scale."""
+    if MOST > 0:
+        if STEP:
+            scale = tl.load(scales)
+        else:
+            scale = tl.div_rn(tl.max(tl.max(tl.where(within, tl.abs(v), 0.0), 1), 0), MOST * 1.0)
+            tl.store(scales + tl.program_id(0), scale)
+        tl.store(place, to_numbers(v, tl.zeros((v.shape[0],), tl.float32) + scale, MOST), within)
+    else:
+        tl.store(place, v.to(place.dtype.element_ty), within)
+
+
+@triton.jit
 def hadamard(
     x, y, scales, base, blocks, x_row, y_row, FACTOR: tl.constexpr,
     R: tl.constexpr, W: tl.constexpr, PER_ROW: tl.constexpr, BLOCKS: tl.constexpr, TURNED: tl.constexpr,
@@ -86,14 +100,30 @@ def hadamard(
             outer = signs(base, r % R, d[None, :] % R, H, LOG, TURNED)
             outer = tl.where(r // R == d[None, :] // R, outer, 0.0)
             acc = signs_times(outer, v, acc, TERMS)
-    acc *= FACTOR
     place = y + places(r, j, first, y_row, R, W, PER_ROW)
-    if MOST > 0:
-        if STEP:
-            scale = tl.load(scales)
-        else:
-            scale = tl.div_rn(tl.max(tl.max(tl.where(within, tl.abs(acc), 0.0), 1), 0), MOST * 1.0)
-            tl.store(scales + tl.program_id(0), scale)
-        tl.store(place, to_numbers(acc, tl.zeros((ROWS,), tl.float32) + scale, MOST), within)
-    else:
-        tl.store(place, acc.to(y.dtype.element_ty), within)
+    write(place, acc * FACTOR, within, scales, MOST, STEP)
+
+
+@triton.jit
+def hadamard_held(
+    x, y, scales, base, blocks, x_row, y_row, FACTOR: tl.constexpr,
+    R: tl.constexpr, A: tl.constexpr, B: tl.constexpr, PER_ROW: tl.constexpr, TURNED: tl.constexpr, H: tl.constexpr,
+    LOG: tl.constexpr, A_LOG: tl.constexpr, B_LOG: tl.constexpr, TERMS_OF_X: tl.constexpr, TERMS: tl.constexpr,
+    MOST: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """`hadamard` of one block a program, all of it at once as [R, B, A]: a product along each axis."""
+    first = tl.program_id(0)
+    r = tl.arange(0, ROWS)[:, None]
+    j = tl.arange(0, A * B)[None, :]
+    within = (r < R) & (j < A * B)
+    v = tl.load(x + places(r, j, first, x_row, R, A * B, PER_ROW), within, 0.0).to(tl.float32)
+    a = tl.arange(0, A)
+    v = tl.reshape(v, (ROWS * B, A))
+    v = times_signs(v, signs(base, a[:, None], a[None, :], 1, A_LOG, False), tl.zeros_like(v), TERMS_OF_X)
+    b = tl.arange(0, B)
+    v = tl.reshape(tl.permute(tl.reshape(v, (ROWS, B, A)), (0, 2, 1)), (ROWS * A, B))
+    v = times_signs(v, signs(base, b[:, None], b[None, :], 1, B_LOG, False), tl.zeros_like(v), TERMS)
+    v = tl.reshape(tl.permute(tl.reshape(v, (ROWS, A, B)), (0, 2, 1)), (ROWS, A * B))
+    outer = signs(base, r, tl.arange(0, ROWS)[None, :], H, LOG, TURNED)
+    v = signs_times(outer, v, tl.zeros_like(v), TERMS)
+    write(y + places(r, j, first, y_row, R, A * B, PER_ROW), v * FACTOR, within, scales, MOST, STEP)
