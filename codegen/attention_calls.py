@@ -61,7 +61,7 @@ def attention(
     views = [unit_last(lowering, x) for x in (q, k, v)]
     covering = None if mask is None else mask_view(lowering, mask, (*q.shape[:3], k.shape[2]))
     position = None if past is None else lowering.contiguous(past)
-    extra = _lists(lowering, fact, blocks) if blocks else (_number(lowering, shared), _number(lowering, depths))
+    extra = listed(lowering, fact, blocks) if blocks else (_number(lowering, shared), _number(lowering, depths))
     y, place = token_major(lowering, fact)
     flops, traffic = attention_costs(q, k, v, past=past is not None, causal=causal)
     outer = [s for view in ((place, *views)) for s in view.strides[:3]]
@@ -135,7 +135,7 @@ def _number(lowering: Lowering, given: Lazy | None) -> Pointer | None:
     return None if given is None else Pointer(lowering.contiguous(given).name, index(0), "i64")
 
 
-def _lists(lowering: Lowering, fact: Fact, blocks: Lazy) -> tuple[Pointer | Index, ...]:
+def listed(lowering: Lowering, fact: Fact, blocks: Lazy) -> tuple[Pointer | Index, ...]:
     """Lists of blocks of keys, how long they are, and their strides over batch, head and block of queries."""
     if blocks.dtype != "i64":
         raise Unsupported(f"attention over blocks listed as {blocks.dtype} has no lowering", hint="give int64")

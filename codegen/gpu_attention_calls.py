@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from sylvester.codegen import dialect as loops
 from sylvester.codegen import gpu_attention, gpu_caches
-from sylvester.codegen.attention_calls import mask_view, repeated, scaled_dot_product_attention, token_major
+from sylvester.codegen.attention import STEADY_QUERIES
+from sylvester.codegen.attention_calls import listed, mask_view, repeated, scaled_dot_product_attention, token_major
 from sylvester.codegen.dialect import writable
 from sylvester.codegen.families import unit_last
 from sylvester.codegen.gpu_attention import Form, Products
 from sylvester.codegen.gpu_lowering import Given, GpuLowering, gpu_lowers, over
 from sylvester.codegen.index import Index, index
-from sylvester.codegen.lazy import Buffer, Lazy, Pointer, Strided, of_buffer
+from sylvester.codegen.lazy import Buffer, Lazy, Pointer, Shape, Strided, of_buffer
 from sylvester.codegen.lowering import Fact
 from sylvester.compiler.errors import Unsupported
 
@@ -30,34 +32,57 @@ def attention(
     causal: bool, window: int, softcap: float = 0.0, *, depths: Lazy | None = None, shared: Lazy | None = None,
     blocks: Lazy | None = None, products: Products = "f32", records: str = "",
 ) -> Lazy:  # fmt: skip
-    if depths is not None or shared is not None or blocks is not None:
-        raise Unsupported("cuda has no lowering for attention over a tree, shared keys or listed blocks")
     batch, heads = fact.shape[:2]
     q, k, v = repeated(q, batch, heads), repeated(k, batch), repeated(v, batch)
     if k.shape[1] != v.shape[1]:
         k, v = repeated(k, batch, heads), repeated(v, batch, heads)
     form = _form(fact, q, k, mask, causal, window, softcap, past, products, records)
-    views = [unit_last(lowering, x) for x in (q, k, v)]
+    form = replace(form, tree=depths is not None, shared=shared is not None, listed=blocks is not None)
     y, place = token_major(lowering, fact)
     given: dict[str, Given] = {
-        "y": Pointer(y.name, index(0)), "kv_heads": k.shape[1], "rows": q.shape[2], "keys": k.shape[2],
-        "offset": index(0), "scale": float(scale), "softcap": float(softcap), "window": index(window),
-        **_strides("y", place),
+        "y": Pointer(y.name, index(0)), "kv_heads": k.shape[1] if blocks is None else heads, "rows": q.shape[2],
+        "keys": k.shape[2], "offset": index(0), "scale": float(scale), "softcap": float(softcap),
+        "window": index(window), **_strides("y", place),
     }  # fmt: skip
-    for name, view, x in zip("qkv", views, (q, k, v), strict=True):
+    for name, x in zip("qkv", (q, k, v), strict=True):
+        view = unit_last(lowering, x)
         given |= {name: Pointer(view.buffer, view.offset, x.dtype), **_strides(name, view)}
-    if mask is not None:
-        covering = mask_view(lowering, mask, (*q.shape[:3], k.shape[2]))
-        given |= {"mask": Pointer(covering.buffer, covering.offset, mask.dtype), "mask_key": covering.strides[3]}
-        given |= _strides("mask", covering)
-    if past is not None:
-        given["past"] = Pointer(lowering.contiguous(past).name, index(0), "i64")
+    given |= {name: _number(lowering, x) for name, x in (("past", past), ("shared", shared)) if x is not None}
+    given |= {} if mask is None else _mask(lowering, mask, (*q.shape[:3], k.shape[2]))
+    given |= {} if depths is None else _tree(lowering, depths, form, q.shape[2])
+    given |= {} if blocks is None else _lists(lowering, fact, blocks)
     few = q.shape[2].constant or gpu_attention.FEW_ROWS + 1
     tiles = gpu_attention.space(form, few, LEAST)[0]
-    grid = (over(q.shape[2] * form.group, tiles.rows) * batch * k.shape[1], index(1))
-    lowering.launch(gpu_attention.kernel(form, tiles), grid, given, writes=(y.name,))
+    programs = over(q.shape[2] * form.rows_together, tiles.rows) * batch * (k.shape[1] if blocks is None else heads)
+    lowering.launch(gpu_attention.kernel(form, tiles), (programs, index(1)), given, writes=(y.name,))
     dim = fact.shape[3]
     return Lazy(fact.shape, fact.dtype, lambda i: of_buffer(y).load([i[0], i[2], i[1] * dim + i[3]]))
+
+
+def _number(lowering: GpuLowering, x: Lazy) -> Pointer:
+    return Pointer(lowering.contiguous(x).name, index(0), "i64")
+
+
+def _mask(lowering: GpuLowering, mask: Lazy, shape: Shape) -> dict[str, Given]:
+    view = mask_view(lowering, mask, shape)
+    place: dict[str, Given] = {"mask": Pointer(view.buffer, view.offset, mask.dtype), "mask_key": view.strides[3]}
+    return {**place, **_strides("mask", view)}
+
+
+def _tree(lowering: GpuLowering, depths: Lazy, form: Form, rows: Index) -> dict[str, Given]:
+    """The ancestors of every query, which a launch before finds."""
+    if form.mask != "none" or not form.past:
+        raise Unsupported("cuda has no kernel for a tree of queries with a mask or without `past`")
+    found = lowering.buffer("arena", (index(STEADY_QUERIES), index(STEADY_QUERIES)), "u8")
+    given: dict[str, Given] = {"tree": Pointer(found.name, index(0), "u8"), "depths": _number(lowering, depths)}
+    ancestry = gpu_attention.ancestry(STEADY_QUERIES)
+    lowering.launch(ancestry, (index(1),), {**given, "rows": rows}, writes=(found.name,))
+    return given
+
+
+def _lists(lowering: GpuLowering, fact: Fact, blocks: Lazy) -> dict[str, Given]:
+    place, most, batch, head, _ = listed(lowering, fact, blocks)
+    return {"lists": place, "most": most, "list_batch": batch, "list_head": head}
 
 
 def _form(

@@ -18,7 +18,7 @@ from tests.graphs import Builder
 from tests.sampling import SIZES, Case
 from tests.test_backends import variants
 
-WITHOUT_FORM = ("atan2", "ipow", "bf16_bytes", "no kernel for", "a tree, shared keys or listed blocks")
+WITHOUT_FORM = ("atan2", "ipow", "bf16_bytes", "no kernel for")
 """Functions and kernel families that there are none of."""
 FEW = CASES[::12]
 ROUNDED = ("attention_bf16", "attention_int8")
@@ -45,7 +45,7 @@ def simulated(entry: Entry, made: GpuEntry, tensors: list[Tensor]) -> Simulated:
 def check(case: Case) -> None:
     entry, made = lowered(case)
     tensors = case.tensors(SIZES[0])
-    tolerance = 3e-2 if any(name in str(case.target) for name in ROUNDED) else 2e-5
+    tolerance = 1e-1 if any(name in str(case.target) for name in ROUNDED) else 2e-5
     found = simulated(entry, made, tensors).run()
     for k, expected in enumerate(case.call(tensors, SIZES[0], wide=False)):
         assert found[f"y{k}"].shape == expected.shape
