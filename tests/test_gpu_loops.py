@@ -15,17 +15,18 @@ from tests import aten_program
 from tests.aten_cases import CASES
 from tests.gpu import builds
 from tests.graphs import Builder
-from tests.sampling import SIZES, Case
-from tests.test_backends import variants
+from tests.sampling import SIZES, Case, sample
 
 WITHOUT_FORM = ("atan2", "ipow", "bf16_bytes", "no kernel for")
 """Functions and kernel families that there are none of."""
 FEW = CASES[::12]
 ROUNDED = ("attention_bf16", "attention_int8")
 """Ops whose products are rounded otherwise than in PyTorch."""
-FIRST = {op.name: next(variants(op, op.examples[0])) for op in OPS.values()}
+EXAMPLES = [
+    (op.name, Case(op.target, tuple(sample(a) for a in example))) for op in OPS.values() for example in op.examples
+]
+FIRST = dict(reversed(EXAMPLES))
 COMMON = ("attention", "attention_q", "kv_update", "linear_bf16", "linear_w8", "linear_w4", "linear_w3", "hadamard")
-OTHERS = [case for op in OPS.values() for example in op.examples for case in variants(op, example)]
 
 
 def lowered(case: Case) -> tuple[Entry, GpuEntry]:
@@ -78,8 +79,8 @@ def test_op_of_the_dialect(name):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("case", OTHERS, ids=lambda case: str(case.target))
-def test_every_call_of_the_dialect(case):
+@pytest.mark.parametrize(("name", "case"), EXAMPLES)
+def test_every_example_of_the_dialect(name, case):
     test_op(case)
 
 
