@@ -15,6 +15,7 @@ from sylvester.backends.base import Backend
 from sylvester.backends.signature import manifest as signature
 from sylvester.compiler import binding, serialize
 from sylvester.compiler.manifest import Manifest
+from sylvester.compiler.parallel_ops import require_ranks
 from sylvester.compiler.program import Program
 from sylvester.compiler.progress import Progress
 from sylvester.compiler.runner import State, entry_of
@@ -53,6 +54,7 @@ class ReferenceRunner:
 
     def run(self, entry: str, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
         spec = self.manifest.entries[entry_of(self.manifest, entry)]
+        require_ranks(self.program.info)
         state = state if spec.states else None
         arrays = binding.complete(spec, inputs, state)
         binding.bind(spec, arrays, state, self.manifest.state)

@@ -60,7 +60,8 @@ class Changes:
 
     `notes` are decisions the ledger prints, `figures` what was measured on calibration data, `layers` what layers
     became. `bases` says how an exact pass changed what a state slot means: the new content of the slot is the function
-    of the old. `renamed` says which slot has which name now, for slots that a pass renumbered.
+    of the old. `renamed` says which slot has which name now, for slots that a pass renumbered. `checked` is the
+    relative error that an exact pass found itself, where a run of the program alone cannot tell.
     """
 
     applied: list[Applied] = field(default_factory=list)
@@ -70,6 +71,7 @@ class Changes:
     layers: list[Became] = field(default_factory=list)
     bases: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
+    checked: float | None = None
 
     def apply(self, rule: str, where: fx.Node | str) -> None:
         self.applied.append(Applied(rule, place(where)))

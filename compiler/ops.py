@@ -307,4 +307,4 @@ def kv_update(cache: Tensor, new: Tensor, past: Tensor) -> Tensor:
 
 
 # These declare their ops with `op` above.
-from sylvester.compiler import cache_ops, quantized_ops, shared_ops, skip_ops, sparse_ops  # noqa: E402, F401
+from sylvester.compiler import cache_ops, parallel_ops, quantized_ops, shared_ops, skip_ops, sparse_ops  # noqa: E402, F401

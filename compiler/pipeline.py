@@ -172,6 +172,9 @@ def _apply(step: Pass, program: Program, before: Facts, witness: Witness | None)
         if witness:
             witness.forget()
         return row
+    if changes.checked is not None:
+        judge.forget()
+        return replace(row, error=changes.checked)
     if step.contract == "exact":
         return replace(row, error=judge.after(program, changes.bases), runs=(ran_before, judge.seconds))
     measured = judge.measure(program, changes.renamed)

@@ -33,6 +33,7 @@ PASSES = {
     "skip-layers": "sylvester.passes.skip_layers:SkipLayers",
     "sparsify-activations": "sylvester.passes.sparsify_activations:SparsifyActivations",
     "split-linears": "sylvester.passes.split_linears:SplitLinears",
+    "tensor-parallel": "sylvester.passes.tensor_parallel:TensorParallel",
 }
 RECIPES = {
     "bf16": "sylvester.passes.recipes:BF16",

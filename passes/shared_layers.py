@@ -78,11 +78,7 @@ def stacks(program: Program) -> tuple[Stack, ...]:
 
 def find_series(program: Program, kinds: Sequence[str], changes: Changes) -> list[Series]:
     """The series of these kinds; weights that hold several layers are split first, layers that cannot share refused."""
-    if any(_is_fused(part) for stack in stacks(program) for block in stack.blocks for part in block.parts):
-        split = SplitLinears().run(program)
-        program.sweep()
-        if split.applied:
-            changes.note("weights that hold several layers were split, each part has one of its own")
+    split_fused(program, changes)
     found: list[Series] = []
     first = 0
     for stack in stacks(program):
@@ -90,6 +86,15 @@ def find_series(program: Program, kinds: Sequence[str], changes: Changes) -> lis
             found += _series(program, stack, first, place, kinds, changes)
         first += len(stack.blocks)
     return found
+
+
+def split_fused(program: Program, changes: Changes) -> None:
+    """Weights that hold several layers of a part become one for each."""
+    if any(is_fused(part) for stack in stacks(program) for block in stack.blocks for part in block.parts):
+        split = SplitLinears().run(program)
+        program.sweep()
+        if split.applied:
+            changes.note("weights that hold several layers were split, each part has one of its own")
 
 
 def _series(
@@ -122,13 +127,13 @@ def _layer(part: Part, kind: str) -> fx.Node | Refusal | None:
     """The layer of this kind; None where the part has none, such as a gate."""
     if kind in ("o", "down"):
         return _only(part.writers, kind, part)
-    sources = _sources(part)
-    if isinstance(sources, Refusal):
-        return sources
-    return _only(sources[kind], kind, part) if kind in sources else None
+    behind = sources(part)
+    if isinstance(behind, Refusal):
+        return behind
+    return _only(behind[kind], kind, part) if kind in behind else None
 
 
-def _sources(part: Part) -> dict[str, tuple[fx.Node, ...]] | Refusal:
+def sources(part: Part) -> dict[str, tuple[fx.Node, ...]] | Refusal:
     """The layers behind each operand of attention, or of the gate of a feed-forward part."""
     inside = set(part.nodes)
     if part.kind == "ffn":
@@ -165,10 +170,10 @@ def _only(nodes: Sequence[fx.Node], kind: str, part: Part) -> fx.Node | Refusal:
     return nodes[0]
 
 
-def _is_fused(part: Part) -> bool:
+def is_fused(part: Part) -> bool:
     """Whether one layer makes more than one of q, k and v, or gate and up."""
-    sources = _sources(part) if part.kind in PART_OF else {}
-    made = [] if isinstance(sources, Refusal) else [n for nodes in sources.values() for n in nodes]
+    behind = sources(part) if part.kind in PART_OF else {}
+    made = [] if isinstance(behind, Refusal) else [n for nodes in behind.values() for n in nodes]
     return len(made) > len(set(made))
 
 

@@ -17,7 +17,7 @@ from tests.gpu import builds
 from tests.graphs import Builder
 from tests.sampling import SIZES, Case, sample
 
-WITHOUT_FORM = ("atan2", "ipow", "bf16_bytes", "no kernel for")
+WITHOUT_FORM = ("atan2", "ipow", "bf16_bytes", "no kernel for", "all_reduce")
 """Functions and kernel families that there are none of."""
 FEW = CASES[::12]
 ROUNDED = ("attention_bf16", "attention_int8")

@@ -152,7 +152,9 @@ def records() -> dict[str, tuple[Record, ...]]:
     A name is drawn first, so that ops with many records weigh no more.
     """
     found: dict[str, list[Record]] = {}
-    examples = (Case(op.target, tuple(map(sample, e))) for op in OPS.values() for e in op.examples)
+    examples = (
+        Case(op.target, tuple(map(sample, e))) for op in OPS.values() if op.target in LOWERINGS for e in op.examples
+    )
     for made in itertools.chain(map(record, (*CASES, *examples)), _rules(), _motifs()):
         found.setdefault(made.name, []).append(made)
     return {name: tuple(found[name]) for name in sorted(found)}
