@@ -123,7 +123,7 @@ def test_show_a_model(models, capsys):
         (["no_such_module:factory"], "no module 'no_such_module'"),
         (["cli_models:nothing"], "'cli_models' has no function 'nothing'"),
         (["cli_models:triple"], "returned 3 values, expected a module or (module, example_inputs)"),
-        (["cli_models:factory", "--target", "cup"], "did you mean 'cpu'?"),
+        (["cli_models:factory", "--target", "cup"], "did you mean 'cpu' or 'cuda'?"),
         (["cli_models:factory", "--target", "null", "--passes", "cannonicalize"], "did you mean 'canonicalize'?"),
         (["cli_models:factory", "--threads", "0"], "threads must be at least 1, found 0"),
         (["cli_models:factory", "--target", "null", "--passes", "skip-layers"], "give either speedup or layers"),

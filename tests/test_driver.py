@@ -265,7 +265,7 @@ def test_a_model_that_does_not_decode_takes_no_draft():
 @pytest.mark.parametrize(
     ("options", "message", "hint"),
     [
-        ({"target": "cuda"}, "no target named 'cuda'", "there are"),
+        ({"target": "vulkan"}, "no target named 'vulkan'", "there are"),
         ({"target": "refrence"}, "no target named 'refrence'", "did you mean 'reference'?"),
         ({"target": "null", "passes": "raise-norm"}, "no pass named 'raise-norm'", "'raise-norms'"),
         ({"target": "null", "threads": 0}, "threads must be at least 1, found 0", ""),

@@ -105,6 +105,7 @@ def test_caches_and_weights_of_few_bits_are_met() -> None:
     assert rare <= found
 
 
+@pytest.mark.nightly
 def test_shrinking_leaves_the_call_at_fault() -> None:
     small = shrink(product(), lambda g: any(s.target is aten.mul.Tensor for s in g.steps), 20)
 

@@ -73,6 +73,7 @@ def test_errors_of_one_row_belong_together(kind: str) -> None:
     replay(kind, Graph((Source(Sample((1, 8)), 3975), weight, *steps), (5,)))
 
 
+@pytest.mark.nightly
 def test_queries_of_one_head_meet_every_head_of_the_keys() -> None:
     """Compiled code gave zeros; over caches of 4 bits it divided by 0."""
     q, k = Source(Sample((2, 1, 3, 8)), 1), Source(Sample((2, 4, 5, 8)), 2)

@@ -167,6 +167,7 @@ def booked(folder, threads):
     return found
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("batch", [1, 3])
 def test_two_threads_take_the_same_branches(wide, batch):
     """Thresholds between which tokens differ, over many steps: both threads decide alike."""

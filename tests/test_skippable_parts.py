@@ -102,6 +102,7 @@ def test_attention_over_bfloat16_is_found():
     assert len(skippable("llama-gqa", "bf16").info["skips"]) == 2 * LAYERS
 
 
+@pytest.mark.nightly
 def test_records_of_a_quantised_cache_stay(folder):
     passes = "quantize-cache(bits=8)"
     chosen = skips((1, 3), (0, 3))
