@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from importlib import metadata
 from importlib.util import find_spec
@@ -21,7 +20,6 @@ from sylvester.backends.signature import manifest
 from sylvester.backends.tensor_writer import Deferred, write_tensors
 from sylvester.codegen.gpu_kernel import Kernel
 from sylvester.codegen.gpu_plan import GpuEntry, gpu_entries
-from sylvester.compiler import knobs
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.manifest import WEIGHTS, Manifest
 from sylvester.compiler.program import Program
@@ -68,12 +66,9 @@ def _built(kernels: Mapping[str, Kernel], archs: Sequence[str], folder: Path, pr
     """Every kernel as a file for each architecture."""
     jobs = [(key, arch) for key in kernels for arch in archs]
     made: dict[tuple[str, str], Cubin] = {}
-    with ThreadPoolExecutor(knobs.threads()) as pool:
-        for done, (job, cubin) in enumerate(
-            zip(jobs, pool.map(lambda j: build(kernels[j[0]], j[1]), jobs), strict=True)
-        ):
-            made[job] = cubin
-            progress("triton", done + 1, len(jobs))
+    for done, (key, arch) in enumerate(jobs):  # Triton parses Python, which CPython 3.11 does wrongly on two threads
+        made[key, arch] = build(kernels[key], arch)
+        progress("triton", done + 1, len(jobs))
     found = []
     for key, kernel in kernels.items():
         files = {arch: f"code/{arch}/{key[:16]}.cubin" for arch in archs}
