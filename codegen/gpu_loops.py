@@ -126,7 +126,7 @@ class _Emitter:
             self._put(step, body, total)
             self._close(blocks)
             return
-        self._start(total, step, "[R, B]")
+        self._start(total, step)
         blocks = self._open(reduced)
         self._combine(total, step, body, member)
         self._close(blocks)
@@ -138,7 +138,7 @@ class _Emitter:
 
     def _columns_reduced(self, total: str, step: Reduce, body: Body, reduced: Sequence[Var], member: Member) -> None:
         """Each lane reduces by itself, one element after another."""
-        self._start(total, step, "[R, B]")
+        self._start(total, step)
         for variable in reduced:
             self.scalars.atoms[variable] = variable.name
             self.scalars.line(f"for {variable.name} in range({self.scalars.index(variable.extent)}):")
@@ -148,13 +148,13 @@ class _Emitter:
         if step.kind in ("argmax", "argmin"):
             self.scalars.line(f"{total} = {total}_at")
 
-    def _start(self, total: str, step: Reduce, shape: str) -> None:
+    def _start(self, total: str, step: Reduce) -> None:
         if step.kind in ("argmax", "argmin"):
             infinity = f'float("{"-" if step.kind == "argmax" else ""}inf")'
-            self.scalars.line(f"{total} = tl.full({shape}, {infinity}, tl.float32)")
-            self.scalars.line(f"{total}_at = tl.full({shape}, 9223372036854775807, tl.int64)")
+            self.scalars.line(f"{total} = tl.full([R, B], {infinity}, tl.float32)")
+            self.scalars.line(f"{total}_at = tl.full([R, B], 9223372036854775807, tl.int64)")
             return
-        self.scalars.line(f"{total} = tl.full({shape}, {_start(step)}, tl.{TYPES[step.dtype]})")
+        self.scalars.line(f"{total} = tl.full([R, B], {_start(step)}, tl.{TYPES[step.dtype]})")
 
     def _combine(self, total: str, step: Reduce, body: Body, member: Member) -> None:
         value = self.scalars.keep(self.scalars.as_type(body.element, _computed(step)))

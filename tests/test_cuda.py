@@ -119,6 +119,17 @@ def test_what_kernels_report_becomes_an_error(artefact, monkeypatch):
         runner.run("prefill", inputs, state)
 
 
+@pytest.mark.parametrize("limit", [3, 100])
+def test_tensors_beyond_what_kernels_address_are_refused(artefact, monkeypatch, limit):
+    runner, device = opened(artefact)
+    inputs = {"input_ids": np.zeros((1, 4), np.int64)}
+    state = runner.new_state("prefill", inputs)
+    monkeypatch.setattr(runtime, "LIMIT", limit)
+    with pytest.raises(InputError, match=f"elements, kernels on GPUs address at most {limit}"):
+        runner.run("prefill", inputs, state)
+    assert not device.launches
+
+
 def test_sizes_as_text():
     n = atom(Size("s0"))
     for size in (index(7), n * 3 + 5, (n * 2 + 1) // 4 * 6, (n + 1) % 3):

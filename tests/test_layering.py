@@ -28,6 +28,7 @@ WITHOUT_TORCH = (
     "sylvester.compiler.manifest",
     "sylvester.compiler.target",
     "sylvester.backends.cpu_runtime",
+    "sylvester.backends.cuda.runtime",
     "sylvester.backends.onnx.runtime",
 )
 MAX_LINES = 400

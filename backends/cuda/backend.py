@@ -14,7 +14,8 @@ from sylvester.backends.base import Backend
 from sylvester.backends.cpu import require_float32
 from sylvester.backends.cuda.compile import ARCHITECTURES, Cubin, build
 from sylvester.backends.cuda.modules import require_triton
-from sylvester.backends.cuda.plan_file import FILE, VERSION, StoredKernel, described
+from sylvester.backends.cuda.plan_file import StoredKernel, described
+from sylvester.backends.cuda.runtime import FILE, VERSION
 from sylvester.backends.packed_weights import stored_tensors
 from sylvester.backends.signature import manifest
 from sylvester.backends.tensor_writer import Deferred, write_tensors

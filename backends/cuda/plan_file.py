@@ -10,9 +10,6 @@ from sylvester.codegen.gpu_plan import Argument, ErrorFlag, GpuEntry, Launch
 from sylvester.codegen.index import Atom, Index, Quotient, Size
 from sylvester.codegen.lazy import Buffer, Pointer
 
-FILE = "launches.json"
-VERSION = 1
-
 
 def described(entry: GpuEntry, numbers: Mapping[str, int]) -> dict[str, Any]:
     """`numbers`: the place of a kernel, by its key, among those of the artefact."""
@@ -76,7 +73,3 @@ class StoredKernel:
     warps: int
     shared: Mapping[str, int]
     files: Mapping[str, str]
-
-
-def kernels_of(data: Mapping[str, Any]) -> list[StoredKernel]:
-    return [StoredKernel(**{**k, "types": tuple(k["types"])}) for k in data["kernels"]]

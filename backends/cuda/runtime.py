@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sylvester.backends.cuda.device import Device
 from sylvester.backends.cuda.driver import first_device
 from sylvester.backends.tensor_file import TensorFile
+from sylvester.codegen.scalar import BYTES
 from sylvester.compiler import binding
 from sylvester.compiler.errors import ArtefactError, CompileError, InputError, Unsupported
 from sylvester.compiler.manifest import WEIGHTS, EntrySpec, Manifest
@@ -22,8 +23,9 @@ from sylvester.compiler.sizes import evaluate
 
 Array = NDArray[np.generic]
 FILE, VERSION = "launches.json", 1
-BYTES = {"f32": 4, "f64": 8, "i64": 8, "i32": 4, "i8": 1, "u8": 1, "b8": 1, "bf16": 2}
 ALIGNMENT = 256
+LIMIT = 2**31 - 1
+"""The most elements that kernels address in a tensor."""
 FLAG = 16
 """Bytes of what kernels report: a code, and the value that was wrong."""
 ZERO_DIVISOR = 3
@@ -54,6 +56,7 @@ class GpuRunner:
             )
         places = {}
         for name, array in arrays.items():
+            _require_addressable(name, array.size)
             places[name] = self.device.allocate(_padded(array.nbytes))
             self.device.write(places[name], np.ascontiguousarray(array))
         return places
@@ -101,12 +104,16 @@ class GpuRunner:
         found = {}
         given = [(f"input {s.name}", a) for s, a in zip(spec.inputs, arrays, strict=True)]
         given += [(f"state {name}", state.arrays[name]) for name in spec.states] if state else []
+        for name, array in (*given, *outputs.items()):
+            _require_addressable(name, array.size)
         for name, array in given:
             found[name] = self._place(name, array.nbytes)
             self.device.write(found[name], np.ascontiguousarray(array))
         found |= {f"output {name}": self._place(f"output {name}", a.nbytes) for name, a in outputs.items()}
         for number, sizes in enumerate(self.entries[entry]["slots"]):
-            found[f"slot {number}"] = self._place(f"slot {number}", max(evaluate(n, values) for n in sizes))
+            nbytes = max(evaluate(n, values) for n in sizes)
+            _require_addressable("a tensor of this call", nbytes)
+            found[f"slot {number}"] = self._place(f"slot {number}", nbytes)
         found["error"] = self._place("error", FLAG)
         self.device.write(found["error"], np.zeros(2, np.int64))
         return found
@@ -214,6 +221,15 @@ def load(folder: Path, manifest: Manifest, threads: int | None = None) -> GpuRun
     except Unsupported as cause:
         return NoDevice(manifest, cause)
     return GpuRunner(folder, manifest, device)
+
+
+def _require_addressable(name: str, elements: int) -> None:
+    """Kernels count in 32 bits; of memory between kernels every byte counts as one."""
+    if elements > LIMIT:
+        raise InputError(
+            f"{name} has {elements} elements, kernels on GPUs address at most {LIMIT}",
+            hint="use a smaller batch or a shorter length",
+        )
 
 
 def _fits(when: Any, values: Mapping[str, int]) -> bool:
