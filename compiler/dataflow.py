@@ -181,3 +181,14 @@ def _is_float(node: fx.Node) -> bool:
     fact = node.meta.get("val")
     first = fact[0] if isinstance(fact, (tuple, list)) and fact else fact
     return isinstance(first, Tensor) and first.is_floating_point()
+
+
+def reached(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes and all that depends on them."""
+    stack = list(nodes)
+    found = set(stack)
+    while stack:
+        new = [user for user in stack.pop().users if user not in found]
+        found |= set(new)
+        stack += new
+    return found

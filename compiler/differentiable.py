@@ -75,11 +75,17 @@ def fused_attention(
     softcap: float = 0.0,
     **optional: Tensor | None,
 ) -> Tensor:
-    """`ops.attention` where every query sees a key: memory is linear in the keys, also for the gradient."""
-    if mask is not None or softcap or (window and not causal) or any(x is not None for x in optional.values()):
+    """`ops.attention` in memory linear in the keys, also for the gradient, but for masks that are added and the like.
+
+    PyTorch's gradient is wrong where an added mask hides every key from a query.
+    """
+    added = mask is not None and mask.dtype != torch.bool
+    if added or softcap or (window and not causal) or any(x is not None for x in optional.values()):
         return ops.attention.reference(q, k, v, mask, past, scale, causal, window, softcap, **optional)
     k, v = (ops.repeated_heads(t.to(q.dtype), q) for t in (k, v))
-    if past is None and not window:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+    if past is None and not window and (mask is None or not causal):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     seen = ops.visible(q.shape[2], k.shape[2], 0 if past is None else past, causal, window, q.device)
+    if mask is not None:
+        seen = seen & mask[..., : k.shape[2]]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)

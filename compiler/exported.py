@@ -20,18 +20,19 @@ from sylvester.compiler.weights import merge_tied
 WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
-def to_program(exported: ExportedProgram, examples: Mapping[str, Tensor]) -> Program:
+def to_program(exported: ExportedProgram, examples: Mapping[str, Tensor], *, gradients: bool = False) -> Program:
     """A program with the entry `forward`, whose inputs are named by the keys of `examples`, in order.
 
     In-place operations become functional ones locally, or else by torch's own functionalisation, which is slower.
+    With `gradients`, what the model computes under `torch.no_grad()` has none.
     """
     try:
-        program = _copy(exported, examples)
+        program = _copy(exported, examples, gradients)
     except NeedsFunctionalization:
         with quiet():
             exported = exported.run_decompositions({})
         try:
-            program = _copy(exported, examples)
+            program = _copy(exported, examples, gradients)
         except NeedsFunctionalization as error:
             raise TraceError("cannot make an in-place operation functional", at=error.node) from error
     program.sweep()
@@ -49,7 +50,7 @@ def _require_known_sizes(entry: Entry) -> None:
             raise TraceError(f"a size of %{node.name} depends on the values of a tensor", at=node, hint=hint)
 
 
-def _copy(exported: ExportedProgram, examples: Mapping[str, Tensor]) -> Program:
+def _copy(exported: ExportedProgram, examples: Mapping[str, Tensor], gradients: bool) -> Program:
     _refuse_side_effects(exported)
     weights = merge_tied({**exported.state_dict, **_constants(exported)})
     graph = fx.Graph()
@@ -61,7 +62,7 @@ def _copy(exported: ExportedProgram, examples: Mapping[str, Tensor]) -> Program:
             key = weights.fresh(node.target)
             weights[key] = attribute
             values[node] = entry.bind("weight", key, attribute)
-    everything = Copier(graph, values).body(exported.graph_module)
+    everything = Copier(graph, values, gradients).body(exported.graph_module)
     specs = exported.graph_signature.output_specs
     results = [r for r, spec in zip(everything, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
     kind, names = _structure(exported, len(results))

@@ -38,11 +38,13 @@ class Copier:
     """Copies nodes into `graph`. `values` maps each old node to a new node, a constant, or a tuple of them.
 
     `roots` maps a node to the oldest node whose memory it may share; memory of `foreign` ones is not tracked.
+    With `gradients`, regions without gradients are cut off from what they read.
     """
 
-    def __init__(self, graph: fx.Graph, values: dict[fx.Node, Any]) -> None:
+    def __init__(self, graph: fx.Graph, values: dict[fx.Node, Any], gradients: bool = False) -> None:
         self.graph = graph
         self.values = values
+        self.gradients = gradients
         self.roots: dict[fx.Node, fx.Node] = {}
         self.foreign: set[fx.Node] = set()
 
@@ -92,8 +94,17 @@ class Copier:
             raise TraceError(f"found an autocast region to {node.args[1]}", at=node, hint=hint)
         region = cast(fx.GraphModule, getattr(module, str(cast(fx.Node, node.args[at]).target)))
         outside = self._new(node.args[at + 1 :])
+        if self.gradients and name == "wrap_with_set_grad_enabled" and not node.args[0]:
+            outside = tuple(self._detached(operand) for operand in outside)
         self.values |= dict(zip(region.graph.find_nodes(op="placeholder"), outside, strict=True))
         return self.body(region, region=True)
+
+    def _detached(self, operand: Any) -> Any:
+        if not isinstance(operand, fx.Node) or not isinstance(value(operand), Tensor):
+            return operand
+        new = self.graph.call_function(aten.detach.default, (operand,))
+        new.meta = {key: operand.meta[key] for key in ORIGIN if key in operand.meta}
+        return new
 
     def _root(self, node: fx.Node) -> fx.Node:
         """The oldest node whose memory this one may share."""

@@ -50,14 +50,14 @@ def bind(forward: Callable[..., Any], examples: object) -> Inputs:
     except TypeError as error:
         names = [p.name for p in signature.parameters.values()]
         raise TraceError(f"example inputs do not fit forward: {error}", hint=f"forward takes {names}") from error
-    named = list(_flat(bound))
+    named = list(named_arguments(bound))
     tensors = {name: check(name, value) for name, value, _ in named}
     if not tensors:
         raise TraceError("no example inputs: every one is None")
     return Inputs(tensors, sum(by_position for *_, by_position in named))
 
 
-def _flat(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any, bool]]:
+def named_arguments(bound: inspect.BoundArguments) -> Iterator[tuple[str, Any, bool]]:
     """(name, value, by position) of each given argument; an explicit None for a default of None is not given."""
     parameters = bound.signature.parameters
     variadic = any(parameters[name].kind is inspect.Parameter.VAR_POSITIONAL for name in bound.arguments)

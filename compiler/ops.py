@@ -1,6 +1,7 @@
 """The dialect: one declaration per op gives its meaning, shapes, gradient, cost and test examples.
 
 An op is registered as a composite torch operator, so a Program runs in plain PyTorch at every stage and differentiates.
+One with a gradient of its own stays a single node in graphs of gradients.
 """
 
 from __future__ import annotations
@@ -82,9 +83,17 @@ FACTS: dict[Callable[..., Any], Callable[..., Tensor]] = {}
 
 
 def op(
-    *, cost: Callable[..., Cost], examples: tuple[Example, ...], fact: Callable[..., Tensor] | None = None
+    *,
+    cost: Callable[..., Cost],
+    examples: tuple[Example, ...],
+    fact: Callable[..., Tensor] | None = None,
+    linear: Callable[..., Tensor] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Op]:
-    """Declare an op from its reference implementation. Annotations become the schema."""
+    """Declare an op from its reference implementation. Annotations become the schema.
+
+    `linear`: of an op that is linear in its first argument and has a fact, the gradient of that argument from the
+    gradient of the result and the other arguments.
+    """
 
     def declare(reference: Callable[..., Tensor]) -> Op:
         name = reference.__name__
@@ -93,13 +102,28 @@ def op(
         signature = inspect.signature(reference, eval_str=True)
         reference.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()} | {"return": Tensor}
         LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()))
-        LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
+        LIBRARY.impl(name, reference, "CompositeExplicitAutograd" if linear else "CompositeImplicitAutograd")
         OPS[name] = Op(name, reference, cost, examples)
         if fact is not None:
             FACTS[OPS[name].target] = fact
+        if linear is not None:
+            torch.library.register_fake(f"{NAMESPACE}::{name}", fact, lib=LIBRARY)
+            differentiate(name, linear)
         return OPS[name]
 
     return declare
+
+
+def differentiate(name: str, linear: Callable[..., Tensor]) -> None:
+    """Give an op that is linear in its first argument its gradient; the other arguments have none."""
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.others = inputs[1:]
+
+    def gradient(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
+        return (linear(given, *ctx.others), *(None for _ in ctx.others))
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", gradient, setup_context=keep, lib=LIBRARY)
 
 
 def sample(example: Example, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Any, ...]:
@@ -279,9 +303,14 @@ def _require_block(x: Tensor, block: int) -> None:
         )
 
 
+def _hadamard_gradient(given: Tensor, block: int, transposed: bool = False) -> Tensor:
+    return hadamard(given, block, not transposed)
+
+
 @op(
     cost=_hadamard_cost,
     fact=_hadamard_fact,
+    linear=_hadamard_gradient,
     examples=(
         *(((2, 3, 8), 8), ((5, 96), 32), ((3, 2, 256), 64), ((4, 6), 1), ((3, 40), 20), ((2, 5, 96), 96)),
         *(((7, 72), 36, True), ((2, 240), 240, True), ((1, 3, 192), 192)),

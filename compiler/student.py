@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from sylvester.compiler.calibration import Sample
-from sylvester.compiler.dataflow import Dataflow
+from sylvester.compiler.dataflow import Dataflow, reached
 from sylvester.compiler.differentiable import CPU, TAIL, Function
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.next_token import MASK, LanguageModel, empty_state, language_model
@@ -181,13 +181,7 @@ def trainable(student: Student, patterns: tuple[str, ...], embeddings: bool) -> 
 
 def _data(entry: Entry) -> set[fx.Node]:
     """What comes from inputs of real numbers or from look-ups; numbers made of positions are none."""
-    stack = Dataflow(entry).sources()
-    found = set(stack)
-    while stack:
-        new = [user for user in stack.pop().users if user not in found]
-        found |= set(new)
-        stack += new
-    return found
+    return reached(Dataflow(entry).sources())
 
 
 def _notes(named: list[str], rounded: set[str], tables: set[str]) -> tuple[str, ...]:

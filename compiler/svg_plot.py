@@ -13,6 +13,8 @@ WIDTH, HEIGHT = 460, 300
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 26, 44
 """Margins around the plane; numbers and labels stand in them."""
 TICKS = 5
+NAMED, APART = 90, 110
+"""Where the names of series begin after the margin, and how far they are from each other at most."""
 CHOSEN = 45
 """Width of the word beside the ring."""
 MORE = (*COLOURS, "#5aae61", "#9970ab", "#b2182b")
@@ -89,8 +91,10 @@ def _frame(x: _Axis, y: _Axis, x_label: str, y_label: str) -> Iterator[str]:
 
 def _names(series: Sequence[Series]) -> Iterator[str]:
     """The colours, when there is more than one."""
+    start = LEFT + NAMED
+    apart = min(APART, (WIDTH - start) // max(1, len(series)))
     for number, one in enumerate(series if len(series) > 1 else ()):
-        x, colour = LEFT + 90 + 110 * number, MORE[number % len(MORE)]
+        x, colour = start + apart * number, MORE[number % len(MORE)]
         yield f'<rect x="{x}" y="{TOP - 20}" width="10" height="10" fill="{colour}"/>'
         yield _text(x + 14, TOP - 11, one.name, "start")
 

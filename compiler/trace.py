@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sylvester.compiler.inputs import Examples, Inputs, automatic, bind, check, 
 from sylvester.compiler.program import Output, Program, binding, value
 
 SAME = 1e-4
+Exporter = Callable[[nn.Module, Inputs, Any], Program]
 
 
 def capture(
@@ -56,72 +57,80 @@ def _from_path(path: Path, example_inputs: Examples | None, dynamic: Any) -> Pro
         raise TraceError(f"cannot read {path.name!r}", hint=hint)
     try:
         with quiet():
-            exported = torch.export.load(path)
+            found = torch.export.load(path)
     except Exception as error:
         raise TraceError(f"{path.name!r} is not a readable .pt2 file: {first_line(error)}") from error
-    return _from_exported(exported, example_inputs)
+    return _from_exported(found, example_inputs)
 
 
-def _from_exported(exported: ExportedProgram, example_inputs: Examples | None) -> Program:
-    names = [name for name in exported.graph_signature.user_inputs if isinstance(name, str)]
+def _from_exported(found: ExportedProgram, example_inputs: Examples | None) -> Program:
+    names = [name for name in found.graph_signature.user_inputs if isinstance(name, str)]
     if example_inputs is None:
-        example_inputs = tuple(pytree.tree_leaves(exported.example_inputs))
+        example_inputs = tuple(pytree.tree_leaves(found.example_inputs))
     given = example_inputs if isinstance(example_inputs, Mapping) else dict(zip(names, example_inputs, strict=False))
     if set(given) != set(names) or len(example_inputs) != len(names):
         raise TraceError(f"example inputs are {list(given)}, the exported program takes {names}")
-    return to_program(exported, {name: check(name, given[name]) for name in names})
+    return to_program(found, {name: check(name, given[name]) for name in names})
 
 
 def _from_module(model: nn.Module, example_inputs: Examples | None, dynamic: Any) -> Program:
     inputs = bind(model.forward, example_inputs)
-    _check_weights(model)
+    check_weights(model)
     notes: list[str] = []
-    with _as_in_deployment(model, notes), torch.no_grad():
-        program = _fixed(model, inputs, dynamic) if dynamic is not None else _widest(model, inputs)
+    with as_in_deployment(model, notes), torch.no_grad():
+        program = capture_with(_export, model, inputs, dynamic)
     program.info["notes"] = notes + program.info["notes"]
     program.info |= facts_of(model)
     return program
 
 
-def _fixed(model: nn.Module, inputs: Inputs, dynamic: Any) -> Program:
+def capture_with(export: Exporter, model: nn.Module, inputs: Inputs, dynamic: Any) -> Program:
+    """The program that `export` makes of a model in evaluation mode, with symbolic sizes as for `capture`."""
+    return _fixed(export, model, inputs, dynamic) if dynamic is not None else _widest(export, model, inputs)
+
+
+def _fixed(export: Exporter, model: nn.Module, inputs: Inputs, dynamic: Any) -> Program:
     try:
-        return to_program(_export(model, inputs, dynamic), inputs.tensors)
+        return export(model, inputs, dynamic)
     except CompileError:
         raise
     except Exception as error:
         raise explain(error, model, inputs) from error
 
 
-def _widest(model: nn.Module, inputs: Inputs) -> Program:
+def _widest(export: Exporter, model: nn.Module, inputs: Inputs) -> Program:
     """The most general capture that works: sizes of 1 are traced with larger ones and then compared with the model."""
     *wider, exact = widenings(inputs)
     for candidate in wider:
         with contextlib.suppress(Exception):
-            program = _traced(model, candidate)
+            program = _traced(export, model, candidate)
             program.main.examples = dict(inputs.tensors)
             if _agrees(program, model, inputs):
                 return _bounded(program, model, inputs)
     try:
-        return _bounded(_traced(model, exact), model, inputs)
+        return _bounded(_traced(export, model, exact), model, inputs)
     except CompileError:
         raise
     except Exception as error:
         raise explain(error, model, inputs) from error
 
 
-def _traced(model: nn.Module, inputs: Inputs) -> Program:
+def _traced(export: Exporter, model: nn.Module, inputs: Inputs) -> Program:
     hook = model.register_forward_pre_hook(same_batch(inputs), with_kwargs=True)
     try:
-        exported = _export(model, inputs, automatic(model, inputs))
+        program = export(model, inputs, automatic(model, inputs))
     finally:
         hook.remove()
-    program = to_program(exported, inputs.tensors)
     facts = {binding(n).key: value(n) for n in program.main.placeholders("input")}
     program.info["notes"] += fixed_dimensions(inputs, facts)
     return program
 
 
-def _export(model: nn.Module, inputs: Inputs, dynamic: Any) -> ExportedProgram:
+def _export(model: nn.Module, inputs: Inputs, dynamic: Any) -> Program:
+    return to_program(exported(model, inputs, dynamic), inputs.tensors)
+
+
+def exported(model: nn.Module, inputs: Inputs, dynamic: Any) -> ExportedProgram:
     args, kwargs = inputs.call()
     with quiet():
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
@@ -168,7 +177,7 @@ def _ranks_hold(program: Program, inputs: Inputs) -> bool:
     return all(found[n.name].ndim == value(n).ndim for n in nodes)
 
 
-def _check_weights(model: nn.Module) -> None:
+def check_weights(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.device.type == "meta":
             raise TraceError(f"weight {name!r} has no values (meta device)", hint="load the weights before tracing")
@@ -177,7 +186,7 @@ def _check_weights(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _as_in_deployment(model: nn.Module, notes: list[str]) -> Iterator[None]:
+def as_in_deployment(model: nn.Module, notes: list[str]) -> Iterator[None]:
     """Eval mode and no key-value cache of the model's own; both are put back."""
     training = [module for module in model.modules() if module.training]
     held: list[Any] = [getattr(module, "config", None) for module in model.modules()]

@@ -11,11 +11,11 @@ from torch.fx.node import map_arg
 
 from sylvester.compiler.calls import Call, Result, Rule, known, normal, resized, retarget, tensor
 from sylvester.compiler.changes import Changes
+from sylvester.compiler.common_subexpressions import CommonValues
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.pipeline import Contract, Pass
 from sylvester.compiler.program import Entry, Program
 from sylvester.passes import simplify_arithmetic, simplify_linear, simplify_masks, simplify_slices, simplify_views
-from sylvester.passes.common_subexpressions import CommonValues
 
 SWEEPS = 20
 STEPS = 20

@@ -12,13 +12,13 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from sylvester.compiler.changes import Changes, Refusal
+from sylvester.compiler.common_subexpressions import is_deterministic
 from sylvester.compiler.errors import module_path
 from sylvester.compiler.pipeline import Contract, Pass
 from sylvester.compiler.printing import op_name
 from sylvester.compiler.program import Entry, Program, binding, is_weight, value
 from sylvester.compiler.quantized_ops import WIDENINGS
 from sylvester.compiler.shared_ops import combine
-from sylvester.passes.common_subexpressions import is_deterministic
 
 aten = torch.ops.aten
 LITERALS = (aten.full.default, aten.expand.default)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from sylvester.compiler.driver import trace as trace
     from sylvester.compiler.errors import CompileError as CompileError
     from sylvester.compiler.finetune import finetune as finetune
+    from sylvester.compiler.halo import halo as halo
+    from sylvester.compiler.halo_sharded import halo_shard as halo_shard
+    from sylvester.compiler.lora import lora as lora
     from sylvester.compiler.program import Program as Program
     from sylvester.compiler.target import Target as Target
 
@@ -29,7 +32,10 @@ _PLACES = {
     "Target": "sylvester.compiler.target",
     "compile": "sylvester.compiler.driver",
     "finetune": "sylvester.compiler.finetune",
+    "halo": "sylvester.compiler.halo",
+    "halo_shard": "sylvester.compiler.halo_sharded",
     "load": "sylvester.compiler.compiled",
+    "lora": "sylvester.compiler.lora",
     "trace": "sylvester.compiler.driver",
 }
 
@@ -42,7 +48,10 @@ __all__ = [
     "compile",
     "finetune",
     "hadamard",
+    "halo",
+    "halo_shard",
     "load",
+    "lora",
     "passes",
     "trace",
 ]

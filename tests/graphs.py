@@ -54,10 +54,10 @@ class Builder:
             self.program.weights[key] = 1 + torch.randn(size, generator=self.random) / 3
         return self._place("weight", key, self.program.weights[key])
 
-    def state(self, key: str, *shape: int) -> fx.Node:
+    def state(self, key: str, *shape: int, dtype: torch.dtype = torch.float32) -> fx.Node:
         slots = self.program.state
-        slots.setdefault(key, StateSlot(len(slots), shape, torch.float32))
-        return self._place("state", key, torch.zeros(shape))
+        slots.setdefault(key, StateSlot(len(slots), shape, dtype))
+        return self._place("state", key, torch.zeros(shape, dtype=dtype))
 
     def _place(self, kind: Any, key: str, tensor: Tensor) -> fx.Node:
         if all(node.meta.get("bind") != Binding(kind, key) for node in self.graph.find_nodes(op="placeholder")):

@@ -205,7 +205,7 @@ def test_gradients_are_those_of_the_model():
 @pytest.mark.parametrize(
     ("past", "causal", "window", "mask"),
     [(None, True, 0, False), (None, False, 0, False), (6, True, 0, False), (6, True, 3, False), (None, True, 2, False),
-     (None, False, 4, False), (None, True, 0, True)],
+     (None, False, 4, False), (None, True, 0, True), (None, False, 0, True), (None, True, 3, True)],
 )  # fmt: skip
 def test_fused_attention_and_its_gradient(past, causal, window, mask):
     q = torch.randn(2, 4, 5, 8, requires_grad=True)

@@ -15,7 +15,10 @@ PUBLIC = (
     "compile",
     "finetune",
     "hadamard",
+    "halo",
+    "halo_shard",
     "load",
+    "lora",
     "passes",
     "trace",
 )
