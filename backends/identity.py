@@ -20,11 +20,16 @@ def identity(target: Target) -> tuple[str, ...]:
 
 def _measurements(target: Target) -> str:
     """What the tuning database may say, and to whom; empty where there is none, or it is not asked."""
+    known = measurements()
+    return " ".join([fingerprint.cpu(), str(target.threads or knobs.threads()), known]) if known else ""
+
+
+def measurements() -> str:
+    """The contents of the tuning database; empty where there is none, or it is not asked."""
     path = default_path()
     if knobs.TUNE.get() == "0" or not path.exists():
         return ""
-    sums = [_sum(file) for file in (path, path.with_name(f"{path.name}-wal"))]
-    return " ".join([fingerprint.cpu(), str(target.threads or knobs.threads()), *sums])
+    return " ".join(_sum(file) for file in (path, path.with_name(f"{path.name}-wal")))
 
 
 def _sum(file: Path) -> str:

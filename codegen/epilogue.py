@@ -32,12 +32,9 @@ def fuse_epilogues(plan: Plan) -> list[Step]:
     """The steps of a plan, with every store that alone reads the result of a linear step or of a kernel that can finish
     its result made part of that step."""
     steps: list[Step | None] = list(plan.steps)
-    readers: dict[str, set[int]] = {}
+    readers = readers_of(plan.steps)
     for number, step in enumerate(plan.steps):
-        for name in step_reads(step):
-            readers.setdefault(name, set()).add(number)
-    for number, step in enumerate(plan.steps):
-        at = _only_reader(plan, step, readers)
+        at = only_reader(plan, step, readers)
         store = None if at is None else plan.steps[at]
         if at is None or not isinstance(store, Store) or store.guard != step.guard:
             continue
@@ -61,7 +58,7 @@ def _fits_in_place(plan: Plan, result: str, store: Store) -> bool:
     """Whether every element is made from float32 numbers at the same place of the result and of other tensors."""
     if store.dtype != "f32" or plan.buffers[store.buffer].kind not in ("arena", "output"):
         return False
-    indices, place, element = _element(store)
+    indices, place, element = element_of(store)
     if product(store.shape) != product(plan.buffers[result].shape) or place != flatten(indices, store.shape):
         return False
     leaves = list(_leaves(element))
@@ -75,11 +72,20 @@ def in_place(store: Store, result: str) -> tuple[str, tuple[str, ...]]:
     def load(leaf: Load) -> str:
         return f"{buffers.setdefault(leaf.buffer, f'p{len(buffers) - 1}')}[j]"
 
-    text = c_expression(_element(store)[2], load, str)
+    text = c_expression(element_of(store)[2], load, str)
     return text, tuple(buffers)[1:]
 
 
-def _only_reader(plan: Plan, step: Step, readers: dict[str, set[int]]) -> int | None:
+def readers_of(steps: Sequence[Step]) -> dict[str, set[int]]:
+    """Buffer -> the numbers of the steps that read it."""
+    readers: dict[str, set[int]] = {}
+    for number, step in enumerate(steps):
+        for name in step_reads(step):
+            readers.setdefault(name, set()).add(number)
+    return readers
+
+
+def only_reader(plan: Plan, step: Step, readers: dict[str, set[int]]) -> int | None:
     """The one step that reads what a step writes."""
     written = step_writes(step)
     found = set().union(*(readers.get(name, set()) for name in written))
@@ -98,7 +104,7 @@ def _fits(plan: Plan, step: Linear, store: Store) -> bool:
     """Whether every element is made from the same place of the results and of other tensors, or from its column."""
     if store.dtype != "f32" or plan.buffers[store.buffer].kind not in ("arena", "output"):
         return False
-    indices, place, element = _element(store)
+    indices, place, element = element_of(store)
     if product(store.shape) != step.m * step.n or place != flatten(indices, store.shape):
         return False
     for leaf in _leaves(element):
@@ -116,7 +122,7 @@ def _by_column(offset: Index) -> bool:
     return names <= {LAST} and not any(isinstance(a, Loaded) for a in offset.atoms)
 
 
-def _element(store: Store) -> tuple[list[Index], Index, Expr]:
+def element_of(store: Store) -> tuple[list[Index], Index, Expr]:
     """The store at index variables of which the last is named `LAST`; axes of size 1 have the index 0."""
     last = len(store.shape) - 1
     variables = [atom(Var(LAST if d == last else f"e{d}", n)) for d, n in enumerate(store.shape)]
@@ -149,7 +155,7 @@ _CALL = """if (cols == SV_PANEL)
 
 def finish(store: Store, outputs: tuple[str, ...], n: Index) -> Finish:
     """The C text of an epilogue that `_fits`; tile w of the results is c0, c1, ..."""
-    _, place, element = _element(store)
+    _, place, element = element_of(store)
     buffers: dict[str, str] = {}
     sizes: dict[Size, str] = {}
 

@@ -15,6 +15,7 @@ from sylvester.codegen.attention_calls import listed, mask_view, repeated, scale
 from sylvester.codegen.dialect import writable
 from sylvester.codegen.families import unit_last
 from sylvester.codegen.gpu_attention import Form, Products
+from sylvester.codegen.gpu_attention_launches import Call, launch
 from sylvester.codegen.gpu_lowering import Given, GpuLowering, gpu_lowers, over
 from sylvester.codegen.index import Index, index
 from sylvester.codegen.lazy import Buffer, Lazy, Pointer, Shape, Strided, of_buffer
@@ -22,15 +23,13 @@ from sylvester.codegen.lowering import Fact
 from sylvester.compiler.errors import Unsupported
 
 aten, dialect = torch.ops.aten, torch.ops.sylvester
-LEAST = "sm_89"
-"""The architecture with the least shared memory: one tile is chosen for all."""
 
 
 @gpu_lowers(dialect.attention.default)
 def attention(
     lowering: GpuLowering, fact: Fact, q: Lazy, k: Lazy, v: Lazy, mask: Lazy | None, past: Lazy | None, scale: float,
     causal: bool, window: int, softcap: float = 0.0, *, depths: Lazy | None = None, shared: Lazy | None = None,
-    blocks: Lazy | None = None, products: Products = "f32", records: str = "",
+    blocks: Lazy | None = None, products: Products = "f32", records: str = "", int8: bool = False,
 ) -> Lazy:  # fmt: skip
     batch, heads = fact.shape[:2]
     q, k, v = repeated(q, batch, heads), repeated(k, batch), repeated(v, batch)
@@ -51,16 +50,14 @@ def attention(
     given |= {} if mask is None else _mask(lowering, mask, (*q.shape[:3], k.shape[2]))
     given |= {} if depths is None else _tree(lowering, depths, form, q.shape[2])
     given |= {} if blocks is None else _lists(lowering, fact, blocks)
-    few = q.shape[2].constant or gpu_attention.FEW_ROWS + 1
-    tiles = gpu_attention.space(form, few, LEAST)[0]
-    programs = over(q.shape[2] * form.rows_together, tiles.rows) * batch * (k.shape[1] if blocks is None else heads)
-    lowering.launch(gpu_attention.kernel(form, tiles), (programs, index(1)), given, writes=(y.name,))
+    key_heads = k.shape[1] if blocks is None else heads
+    launch(lowering, Call(form, given, y.name, batch, key_heads, q.shape[2], k.shape[2], int8))
     dim = fact.shape[3]
     return Lazy(fact.shape, fact.dtype, lambda i: of_buffer(y).load([i[0], i[2], i[1] * dim + i[3]]))
 
 
 def _number(lowering: GpuLowering, x: Lazy) -> Pointer:
-    return Pointer(lowering.contiguous(x).name, index(0), "i64")
+    return Pointer(lowering.kept(x).name, index(0), "i64")
 
 
 def _mask(lowering: GpuLowering, mask: Lazy, shape: Shape) -> dict[str, Given]:
@@ -117,8 +114,8 @@ def attention_bf16(lowering: GpuLowering, fact: Fact, *operands: Any, **optional
 
 @gpu_lowers(dialect.attention_int8.default)
 def attention_int8(lowering: GpuLowering, fact: Fact, *operands: Any, **optional: Any) -> Lazy:
-    """In bfloat16, which is closer to float32."""
-    return attention(lowering, fact, *operands, products="bf16", **optional)
+    """In bfloat16 where its kernels do not fit, which is closer to float32."""
+    return attention(lowering, fact, *operands, products="bf16", int8=True, **optional)
 
 
 @gpu_lowers(dialect.attention_q.default)
@@ -151,7 +148,7 @@ def _update(lowering: GpuLowering, buffer: Buffer, new: Lazy, past: Lazy, kind: 
     _, held, keys, width = buffer.shape
     given: dict[str, Given] = {
         "cache": Pointer(buffer.name, index(0), buffer.dtype), "x": Pointer(rows.buffer, rows.offset),
-        "past": Pointer(lowering.contiguous(past).name, index(0), "i64"), "total": batch * heads * tokens,
+        "past": _number(lowering, past), "total": batch * heads * tokens,
         "heads": heads, "rows": tokens, "keys": keys, "cache_batch": held * keys * width, "cache_head": keys * width,
         "cache_row": width, **_strides("x", rows),
     }  # fmt: skip

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from sylvester.codegen.gpu_attention import POINTERS
-from sylvester.codegen.gpu_kernel import Constant, Kernel, text
+from sylvester.codegen.gpu_kernel import Constant, Kernel, alone, text
 
 ROWS = 8
 """Rows that one program writes."""
 RECORDS = ("q8", "q4")
+APART = ("cache", "x", "x_batch", "x_head", "x_row")
+"""Arguments that differ between keys and values."""
 
 
 def kv_update(d: int, x: str, cache: str, aligned: tuple[str, ...] = ()) -> Kernel:
@@ -20,7 +22,7 @@ def kv_update(d: int, x: str, cache: str, aligned: tuple[str, ...] = ()) -> Kern
     types = {"cache": POINTERS[cache], "x": POINTERS[x], "past": "*i64", **dict.fromkeys(numbers, "i32")}
     fixed: dict[str, Constant] = {
         "D": d, "BLOCK_D": max(32, 1 << (d - 1).bit_length()), "ROWS": ROWS,
-        "STORED": cache if cache in RECORDS else "plain",
+        "STORED": cache if cache in RECORDS else "plain", **alone(APART),
     }  # fmt: skip
     return Kernel(text("caches"), "kv_update", types, fixed, aligned, warps=4, stages=1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
 from importlib import resources
@@ -33,6 +33,24 @@ class Kernel:
         """What tells it from others."""
         fixed = (dict(self.types), dict(self.constants), self.aligned, self.warps, self.stages)
         return sha256(f"{self.text}\n{self.function} {fixed}".encode()).hexdigest()
+
+
+def paired(kernel: Kernel, apart: tuple[str, ...]) -> Kernel:
+    """Two launches of a kernel in one: of the arguments `apart` there are others, right after each, for the second."""
+    types: dict[str, str] = {}
+    for name, held in kernel.types.items():
+        types |= dict.fromkeys((name, *([f"other_{name}"] if name in apart else [])), held)
+    fixed = {name: value for name, value in kernel.constants.items() if name not in types}
+    return replace(kernel, types=types, constants={**fixed, "PAIRED": True})
+
+
+def alone(apart: tuple[str, ...]) -> dict[str, Constant]:
+    """Constants of a kernel that can be `paired`, and is not."""
+    return {**dict.fromkeys((f"other_{name}" for name in apart), 0), "PAIRED": False}
+
+
+ALL_REDUCE = Kernel("", "all_reduce", {"y": "*fp32", "n": "i32"}, {})
+"""No kernel: n numbers become their sums over ranks, which the host asks for."""
 
 
 @cache

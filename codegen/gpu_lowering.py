@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from sylvester.codegen import attention_calls, low_bit, skipping  # noqa: F401  (register what takes bfloat16)
+from sylvester.codegen import dialect as _dialect  # noqa: F401
+from sylvester.codegen.gpu_attention import SHARED
 from sylvester.codegen.gpu_kernel import Kernel
 from sylvester.codegen.index import Index, index
 from sylvester.codegen.lazy import Extern, Lazy, Pointer
 from sylvester.codegen.lowering import LOWERINGS, TAKES_BF16, Lower, Lowerer, Lowering
+from sylvester.codegen.scalar import BYTES
 from sylvester.codegen.shapes import dtype_of, shape_of
 
 dialect = torch.ops.sylvester
 GPU_LOWERINGS: dict[Any, Lower] = {}
+Option = TypeVar("Option")
+ARCHITECTURES = tuple(SHARED)
 NO_LIMIT = 2**31 - 1
 Given = Pointer | Index | float
 When = tuple[Index, int, int]
 """A size and the least and the most that it may be."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Another kernel and its programs for the same arguments in the same order."""
+
+    kernel: Kernel
+    grid: tuple[Index, ...]
+
+
+Others = Callable[[], tuple[Candidate, ...]]
+"""Kernels that a launch may be tuned over besides its own, made when they are asked for."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +50,7 @@ class KernelCall(Extern):
     given: tuple[Given, ...] = ()
     grid: tuple[Index, ...] = field(default=())
     when: When | None = None
+    others: Others = field(default=tuple, compare=False)
 
 
 def gpu_lowers(*targets: Any) -> Callable[[Lowerer], Lowerer]:
@@ -53,8 +72,20 @@ class GpuLowering(Lowering):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self.archs: Sequence[str] = ARCHITECTURES
+        """Architectures that kernels must run on."""
+        self.steady = False
+        """Whether up to 16 tokens of a row, 64 in all, that are read together must have the bits of single ones."""
+        self.notes: dict[str, None] = {}
+        """What the ledger is to say, once each."""
         self.constants: dict[str, Tensor] = {}
         """Stored tensors that kernels need and the program does not have, by key."""
+        self.node: fx.Node | None = None
+        """The one that is being lowered."""
+
+    def _call(self, node: fx.Node) -> Any:
+        self.node = node
+        return super()._call(node)
 
     def launch(
         self,
@@ -63,20 +94,53 @@ class GpuLowering(Lowering):
         given: Mapping[str, Given],
         writes: tuple[str, ...],
         when: When | None = None,
+        others: Others = tuple,
+        changes: bool = False,
     ) -> None:
-        """Append a launch; `given` may have more than the kernel takes."""
+        """Append a launch; `given` may have more than the kernel takes. `changes`: it reads what it writes."""
+        kernel = aligned(kernel, given)
         arguments = tuple(given[name] for name in kernel.types)
-        reads = tuple(a.buffer for a in arguments if isinstance(a, Pointer) and a.buffer not in writes)
+        reads = tuple(a.buffer for a in arguments if isinstance(a, Pointer) and (changes or a.buffer not in writes))
         call = KernelCall(
-            kernel.function, "", (), writes, reads, index(0), kernel=kernel, given=arguments, grid=grid, when=when
-        )
+            kernel.function, "", (), writes, reads, index(0), kernel=kernel, given=arguments, grid=grid, when=when,
+            others=others,
+        )  # fmt: skip
         self.plan.steps.append(call)
+
+    def tuned(
+        self,
+        options: Sequence[Option],
+        make: Callable[[Option], Candidate],
+        given: Mapping[str, Given],
+        writes: tuple[str, ...],
+        when: When | None = None,
+    ) -> None:
+        """Append a launch of the first option, which may be tuned over the others."""
+        first = make(options[0])
+        own = aligned(first.kernel, given).key
+
+        def others() -> tuple[Candidate, ...]:
+            made = (replace(c, kernel=aligned(c.kernel, given)) for c in map(make, options))
+            return tuple(candidate for key, candidate in {c.kernel.key: c for c in made}.items() if key != own)
+
+        self.launch(first.kernel, first.grid, given, writes, when, others)
 
     def constant(self, tensor: Tensor, key: str) -> str:
         """The buffer of a tensor that is stored beside the weights."""
         found = next((b.name for b in self.plan.of_kind("weight") if b.key == key), None)
         self.constants[key] = tensor
         return found or self.buffer("weight", shape_of(tensor), dtype_of(tensor.dtype), key).name
+
+
+def aligned(kernel: Kernel, given: Mapping[str, Given]) -> Kernel:
+    """The kernel for arguments that are multiples of 16 where these are, of bytes for addresses: memory begins on so
+    many."""
+    return replace(kernel, aligned=tuple(name for name in kernel.types if _whole(given[name])))
+
+
+def _whole(given: Given) -> bool:
+    size, found = (BYTES[given.dtype], given.offset) if isinstance(given, Pointer) else (1, given)
+    return isinstance(found, Index) and all(factor * size % 16 == 0 for _, factor in found.terms)
 
 
 def stored(lowering: Lowering, x: Lazy) -> Pointer:

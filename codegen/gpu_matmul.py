@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sylvester.codegen.gpu_kernel import Constant, Kernel, text
@@ -81,6 +81,11 @@ class Linear:
             raise CompileError(f"a linear layer on a GPU has {found}, expected {expected}")
 
     @property
+    def plain(self) -> Linear:
+        """It with nothing after the bias."""
+        return replace(self, activation="none", gated=False, residual="")
+
+    @property
     def whole(self) -> bool:
         return self.weight in ("i8", "i4", "i3")
 
@@ -146,6 +151,8 @@ class Tile:
 
 
 FINISH_M, FINISH_N = 1, 512
+APART, WAYS = ("w", "y", "scales", "bias", "n"), ("b", "c")
+"""Arguments that differ between products that run together, and how those after the first are called."""
 
 
 def is_gemv(m: int) -> bool:
@@ -180,10 +187,25 @@ def gemv(linear: Linear, tile: Tile, m: int, k: int, aligned: tuple[str, ...] = 
     return _kernel("gemv", linear, tile, k, aligned, fixed)
 
 
+def gemv_group(linear: Linear, tile: Tile, m: int, k: int) -> Kernel:
+    """The products of at most `MOST_ROWS` rows with two or three weights of a form: those after the first are w_b and
+    w_c, with their y, scales, bias and n. The grid is `gemv_grid` of each, added up."""
+    if linear != linear.plain or tile.splits > 1:
+        raise CompileError("products that run together have nothing after their bias, and no splits")
+    one = gemv(linear, tile, m, k)
+    types: dict[str, str] = {}
+    absent: dict[str, Constant] = {}
+    for name, held in one.types.items():
+        types |= dict.fromkeys((name, *(f"{name}_{way}" for way in WAYS if name in APART)), held)
+    for name in APART:
+        absent |= {f"{name}_{way}": 0 for way in WAYS if name not in types}
+    return replace(one, function="gemv_group", types=types, constants={**one.constants, **absent})
+
+
 def finish(linear: Linear, splits: int, aligned: tuple[str, ...] = ()) -> Kernel:
     """Adds up the float32 sums [splits, 2 if gated else 1, m, n] of split products, in their order."""
-    types = {name: t for name, t in linear.types().items() if name in ("y", "bias", "up_bias", "residual")}
-    types |= {"parts": "*fp32"} | dict.fromkeys(("m", "n", "y_row", "residual_row"), "i32")
+    held = {name: t for name, t in linear.types().items() if name in ("y", "bias", "up_bias", "residual")}
+    types = {"parts": "*fp32", **held} | dict.fromkeys(("m", "n", "y_row", "residual_row"), "i32")
     absent = dict.fromkeys((p for p in ("bias", "up_bias", "residual") if p not in types), 0)
     fixed = linear.epilogue() | {"SPLITS": splits, "BLOCK_M": FINISH_M, "BLOCK_N": FINISH_N}
     return Kernel(text("epilogue"), "join", types, absent | fixed, _present(aligned, types))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 from sylvester.codegen.gpu_attention import POINTERS
-from sylvester.codegen.gpu_kernel import Constant, Kernel, text
+from sylvester.codegen.gpu_kernel import Constant, Kernel, alone, text
 
 WIDEST = 32768
 """The longest row that one program holds at once."""
+APART = ("y", "x", "total", "heads", "y_batch", "y_head", "y_row", "x_batch", "x_head", "x_row")
+"""Arguments of `rope` that differ between queries and keys."""
 TILE = 4096
 """Values that a program takes where rows are short."""
 ROPE_ROWS, PARTS, SCANNED, READ = 8, 16, 1024, 4096
@@ -37,11 +39,17 @@ def norm(
         "BLOCK": wide, "ROWS": _rows(wide), "CENTRED": kind == "layer", "SUMMED": summed,
         "WEIGHTED": weight is not None, "BIASED": bias is not None, **{m: 0 for m in pointers if m not in types},
     }  # fmt: skip
-    return _kernel("norms", "norm", {**types, "rows": "i32", "n": "i32", "eps": "fp32"}, constants, n, _warps(wide))
+    types |= {**dict.fromkeys(("rows", "n", "x_row"), "i32"), "eps": "fp32"}
+    return _kernel("norms", "norm", types, constants, n, _warps(wide))
 
 
 def norm_grid(n: int, rows: int) -> tuple[int]:
-    return (-(-rows // _rows(block(n))),)
+    return (-(-rows // rows_of(n)),)
+
+
+def rows_of(n: int) -> int:
+    """Rows of n values that a program takes."""
+    return _rows(block(n))
 
 
 def softmax(n: int, x: str, y: str) -> Kernel:
@@ -66,10 +74,10 @@ def rope(
     angles: str,
     *,
     interleaved: bool = False,
-    paired: bool = False,
+    halved: bool = False,
     aligned: tuple[str, ...] = (),
 ) -> Kernel:
-    """The first `rotary` of d features turn; cos and sin hold an angle a feature, or `paired` an angle a pair.
+    """The first `rotary` of d features turn; cos and sin hold an angle a feature, or `halved` an angle a pair.
 
     The strides of a batch that shares its angles are 0. y must not be x. `aligned` arguments, strides too, are
     multiples of 16.
@@ -82,7 +90,8 @@ def rope(
         **dict.fromkeys((*numbers, "angle_row"), "i32"),
     }  # fmt: skip
     constants: dict[str, Constant] = {
-        "D": d, "ROTARY": rotary, "BLOCK_D": block(d), "ROWS": ROPE_ROWS, "INTERLEAVED": interleaved, "PAIRED": paired,
+        "D": d, "ROTARY": rotary, "BLOCK_D": block(d), "ROWS": ROPE_ROWS, "INTERLEAVED": interleaved, "HALVED": halved,
+        **alone(APART),
     }  # fmt: skip
     return Kernel(text("rope"), "rope", types, constants, aligned, warps=4, stages=1)
 
@@ -93,8 +102,9 @@ def rope_grid(total: int) -> tuple[int]:
 
 
 def best(aligned: tuple[str, ...] = ()) -> tuple[Kernel, Kernel]:
-    """The first place of the largest of each row of float32 logits, as `torch.argmax`: over `(rows, PARTS)` programs
-    into int64 [rows, PARTS], then over `(rows,)` into int64 ids. `aligned`: of x, n, stride, multiples of 16."""
+    """The first place of the largest of each row of float32 logits, as `torch.argmax`, or -1 - it where that logit is
+    not finite: over `(rows, PARTS)` programs into int64 [rows, PARTS], then over `(rows,)` into int64 ids. `aligned`:
+    of x, n, stride, multiples of 16."""
     types = {"parts": "*i64", "x": "*fp32", "n": "i32", "stride": "i32"}
     first = Kernel(text("sampling"), "best_parts", types, {"BLOCK": SCANNED, "PARTS": PARTS}, aligned)
     types = {"ids": "*i64", "parts": "*i64"}
@@ -102,7 +112,8 @@ def best(aligned: tuple[str, ...] = ()) -> tuple[Kernel, Kernel]:
 
 
 def draw(*, top_k: bool, top_p: bool, read: int = READ, aligned: tuple[str, ...] = ()) -> Kernel:
-    """A token of each row of float32 logits, over `(rows,)` programs, `read` logits at once.
+    """A token of each row of float32 logits, over `(rows,)` programs, `read` logits at once; -1 - id where rounding, or
+    a logit that is not finite, leaves it to the host.
 
     The host gives the larger of the temperature and `compiler.sampling.LEAST`, and a float64 number in [0, 1) a row.
     Without `top_k`, or `top_p`, that number is not read. `aligned`: of x, n, stride, multiples of 16.

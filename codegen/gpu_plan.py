@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -11,11 +11,15 @@ from sylvester.codegen import (  # noqa: F401  (register their lowerings)
     gpu_attention_calls,
     gpu_convolutions,
     gpu_linears,
+    gpu_row_calls,
 )
 from sylvester.codegen.compile import hints_of, in_place
+from sylvester.codegen.gpu_fusions import fuse
 from sylvester.codegen.gpu_kernel import Kernel
 from sylvester.codegen.gpu_loops import loop_kernel
-from sylvester.codegen.gpu_lowering import GpuLowering, KernelCall, When
+from sylvester.codegen.gpu_lowering import ARCHITECTURES, GpuLowering, KernelCall, Others, When
+from sylvester.codegen.gpu_pairs import pair_launches
+from sylvester.codegen.gpu_products import launch_steps
 from sylvester.codegen.index import Index, Size
 from sylvester.codegen.lazy import Buffer, Plan, Pointer, Reduce
 from sylvester.codegen.lowering import StoredLayers
@@ -23,7 +27,9 @@ from sylvester.codegen.memory import Slot, assign, lifetimes
 from sylvester.codegen.region import Refused
 from sylvester.codegen.schedule import ExternCall, LoopNest, schedule
 from sylvester.compiler.errors import Unsupported
+from sylvester.compiler.ledger import Fusion
 from sylvester.compiler.program import Entry, Program
+from sylvester.compiler.stages import DRAFT, stages_of
 
 NO_LAYERS = StoredLayers({}, {}, lambda *_: {})
 
@@ -39,7 +45,7 @@ Argument = Pointer | Index | float | ErrorFlag | None
 @dataclass(frozen=True)
 class Launch:
     """One kernel over `grid` programs. With a `guard` it runs where the number in that buffer is not above 0, with
-    `when` at such sizes only."""
+    `when` at such sizes only. `others`: what it may be tuned over."""
 
     kernel: Kernel
     grid: tuple[Index, ...]
@@ -47,6 +53,7 @@ class Launch:
     guard: str = ""
     label: str = ""
     when: When | None = None
+    others: Others = field(default=tuple, compare=False)
 
 
 @dataclass(frozen=True)
@@ -60,22 +67,40 @@ class GpuEntry:
     slots: tuple[Slot, ...]
     launches: tuple[Launch, ...]
     constants: Mapping[str, Tensor]
+    fusions: tuple[Fusion, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def gpu_entries(program: Program) -> dict[str, GpuEntry]:
-    """`Unsupported` names the ops that no kernel computes."""
-    return {name: _entry(name, program, entry) for name, entry in program.entries.items()}
+def verifies(program: Program) -> bool:
+    """Whether the entries that generate give tokens that are read together the bits of single ones, for drafts.
+
+    Attention over a tree is another kernel than over a text.
+    """
+    return DRAFT in program.info and not program.info[DRAFT].get("tree")
 
 
-def _entry(name: str, program: Program, entry: Entry) -> GpuEntry:
+def gpu_entries(program: Program, archs: Sequence[str] = ARCHITECTURES) -> dict[str, GpuEntry]:
+    """Every entry for architectures that all run it; `Unsupported` names the ops that no kernel computes."""
+    return {name: _entry(name, program, entry, archs) for name, entry in program.entries.items()}
+
+
+def _entry(name: str, program: Program, entry: Entry, archs: Sequence[str] = ARCHITECTURES) -> GpuEntry:
     lowering = GpuLowering(name, program, entry, NO_LAYERS)
+    lowering.archs = archs
+    lowering.steady = verifies(program) and name in {stage.entry for stage in stages_of(program.info)}
     plan = lowering.run()
     outputs = tuple(in_place(plan, b) for b in plan.of_kind("output"))
+    fused = fuse(plan, hints_of(entry))
+    launch_steps(lowering)
+    pair_launches(plan)
     kernels = schedule(plan)
     private = _numbers(plan, [k for k in kernels if isinstance(k, LoopNest)], kernels)
     slots = assign(lifetimes(kernels, plan.buffers, private), plan.buffers, hints_of(entry))
     launches = [_launch(kernel, plan, private) for kernel in kernels]
-    return GpuEntry(name, plan.sizes, plan.buffers, outputs, tuple(slots), tuple(launches), lowering.constants)
+    return GpuEntry(
+        name, plan.sizes, plan.buffers, outputs, tuple(slots), tuple(launches), lowering.constants, tuple(fused),
+        tuple(lowering.notes),
+    )  # fmt: skip
 
 
 def _numbers(plan: Plan, nests: Sequence[LoopNest], kernels: Sequence[LoopNest | ExternCall]) -> set[str]:
@@ -98,7 +123,7 @@ def _launch(kernel: LoopNest | ExternCall, plan: Plan, private: set[str]) -> Lau
                 f"cuda has no kernel for {step.label or step.function}",
                 hint="compile with target='cpu', or run with target='reference'",
             )
-        return Launch(step.kernel, step.grid, step.given, step.guard, step.label, step.when)
+        return Launch(step.kernel, step.grid, step.given, step.guard, step.label, step.when, step.others)
     label = "; ".join(dict.fromkeys(m.step.label for m in kernel.members if m.step.label))
     try:
         made = loop_kernel(kernel, plan.buffers, private)

@@ -13,15 +13,20 @@ WIDEST = 8192
 
 
 def quantize_rows(x: str, k: int, norm: Norm | None = None, bits: int = 8, step: bool = False) -> Kernel:
-    """int8 numbers [m, k] and float32 scales [m] of x [m, k], as compiler/quantized_rows.py says; a step is read."""
+    """int8 numbers [m, k] and float32 scales [m] of x [m, k], as compiler/quantized_rows.py says.
+
+    `step`: every scale is the one number of the argument of that name.
+    """
     if x not in FLOATS or bits not in LARGEST:
         raise CompileError(f"found rows in {x!r} to {bits} bits, expected {list(FLOATS)} to one of {list(LARGEST)}")
     weight, bias = (norm.weight, norm.bias) if norm else ("", "")
-    types = {"x": f"*{x}", "numbers": "*i8", "scales": "*fp32"}
+    types = {"x": f"*{x}", "numbers": "*i8", "scales": "*fp32"} | ({"step": "*fp32"} if step else {})
     types |= {name: f"*{held}" for name, held in (("norm_weight", weight), ("norm_bias", bias)) if held}
     types |= dict.fromkeys(("m", "k", "x_row", "numbers_row"), "i32")
     block = min(WIDEST, max(32, 1 << (k - 1).bit_length()))
-    constants: dict[str, Constant] = dict.fromkeys((n for n in ("norm_weight", "norm_bias") if n not in types), 0)
+    constants: dict[str, Constant] = dict.fromkeys(
+        (n for n in ("step", "norm_weight", "norm_bias") if n not in types), 0
+    )
     constants |= {
         "eps": norm.eps if norm else 0.0,
         "NORM": norm.kind if norm else "none",

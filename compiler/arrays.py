@@ -47,4 +47,4 @@ def floats(array: NDArray[Any], dtype: str) -> NDArray[np.floating[Any]]:
     """The array itself, or what its uint16 mean as bfloat16."""
     import numpy as np
 
-    return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else array
+    return (np.asarray(array).astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else array

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sylvester.compiler.device_arrays import INTERFACE
 from sylvester.compiler.errors import InputError
 from sylvester.compiler.manifest import EntrySpec, SlotSpec, Symbol, TensorSpec
 from sylvester.compiler.runner import SHARED, State
@@ -61,7 +62,7 @@ def _check_names(expected: Sequence[str], found: Sequence[str]) -> None:
 def _checked(spec: TensorSpec, array: Any) -> NDArray[np.generic]:
     import numpy as np
 
-    if not isinstance(array, np.ndarray):
+    if not isinstance(array, np.ndarray) and not hasattr(array, INTERFACE):
         raise InputError(
             f"input {spec.name!r} is a {type(array).__name__}, expected a tensor or a numpy array of {spec.dtype}"
         )
@@ -74,7 +75,8 @@ def _checked(spec: TensorSpec, array: Any) -> NDArray[np.generic]:
             f"input {spec.name!r} has shape {list(array.shape)}, expected {shape_text(spec)}",
             hint=f"it has {array.ndim} dimensions, give {len(spec.shape)}; the first is usually the batch",
         )
-    return array
+    fitting: NDArray[np.generic] = array
+    return fitting
 
 
 def shape_text(spec: TensorSpec) -> str:

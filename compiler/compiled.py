@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sylvester.compiler import artefact, generation, text
 from sylvester.compiler.arrays import is_tensor, to_numpy, to_tensor
 from sylvester.compiler.binding import asked
+from sylvester.compiler.device_arrays import foreign, on_device, streams, to_device_tensors
 from sylvester.compiler.drafts import Drafters, Drafting
 from sylvester.compiler.errors import InputError
 from sylvester.compiler.manifest import REPORT_HTML, Manifest
@@ -81,13 +82,28 @@ class Compiled:
         return text.load_tokenizer(self._folder)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model's forward returns. `InputError` says what was given and what was expected."""
+        """What the model's forward returns. `InputError` says what was given and what was expected.
+
+        Tensors on a GPU are taken from where they are by an artefact that runs there, and so are its outputs; other
+        arrays there, by `__cuda_array_interface__`.
+        """
         given = self._named(args, kwargs)
+        if hasattr(self._runner, "beside") and any(on_device(value) for value in given.values()):
+            return package(self.manifest.output.type, self._beside(given))
         outputs: Mapping[str, Any] = self.outputs({name: to_numpy(name, value) for name, value in given.items()})
         if any(is_tensor(value) for value in given.values()):
             specs = self.manifest.entries[self.manifest.main].outputs
             outputs = {s.name: to_tensor(outputs[s.name], s.dtype) for s in specs}
         return package(self.manifest.output.type, outputs)
+
+    def _beside(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs on the device, for inputs of which some are there."""
+        there = {name: value for name, value in given.items() if on_device(value)}
+        inputs = {n: foreign(n, v) if n in there else to_numpy(n, v) for n, v in given.items()}
+        outputs: dict[str, Any] = self._runner.beside(self.manifest.main, inputs, streams(there.values()))  # type: ignore[attr-defined]
+        if not any(is_tensor(value) for value in there.values()):
+            return outputs
+        return to_device_tensors(outputs, {s.name: s.dtype for s in self.manifest.entries[self.manifest.main].outputs})
 
     def outputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Outputs of the main entry by name, in order; arrays in, arrays out."""
@@ -172,8 +188,8 @@ class Compiled:
 
     def close(self) -> None:
         """Stop the threads and delete the temporary folder, if it has one."""
-        self._runner.close()
         self._pool.clear()
+        self._runner.close()
         if self._discard is not None:
             self._discard()
 

@@ -42,6 +42,11 @@ class Runner(Protocol):
     """A loaded artefact. A scalar integer input of an entry with state is `State.position`, or `State.shared` by name.
 
     Callers do not give it.
+
+    A runner of a device may have `there`, which is `run` with outputs that stay on it: they become numpy arrays when
+    asked to, know their indices, and may have `pick` and `argmax`, which choose tokens there, and `together`, which
+    makes all choices of several positions at once. If it has `expect` too, it begins to read a token that it chooses
+    before the caller knows it.
     """
 
     manifest: Manifest

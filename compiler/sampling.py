@@ -51,10 +51,13 @@ class Sampling:
         """One token id per row of logits [batch, vocabulary] that follow `tokens` [batch, n].
 
         The numbers `uniform` [batch], each in [0, 1), decide: with equal ones, scores that differ little mostly give
-        the same token.
+        the same token. Logits that choose by themselves, on a device, do.
         """
         import numpy as np
 
+        if chooses := getattr(logits, "pick", None):
+            chosen: Ids = chooses(self, tokens, uniform)
+            return chosen
         scores = self._penalised(logits, tokens)
         best: Ids = scores.argmax(-1)
         _require_finite(scores, best, tokens)

@@ -129,6 +129,11 @@ class Session:
         finally:
             self.state.position = position
 
+    def expect(self) -> None:
+        """What is chosen next will be read next: a device may begin with it."""
+        if self.position < self.limit and (expect := getattr(self.runner, "expect", None)):
+            expect(self._entry(self.position), self._ids, self.state, len(self._tokens))
+
     def stretch(self) -> int:
         """How many tokens from here on the same entry reads."""
         return self._length(self.position, self.limit - self.position) if self.position else self.limit
@@ -184,8 +189,9 @@ class Session:
         return next((n for n in range(1, most) if self._entry(start + n) != entry), most)
 
     def _run(self, entry: str, tokens: Ids, others: Mapping[str, NDArray[Any]] | None = None) -> Logits:
-        """Logits [batch, n or 1, vocabulary]."""
-        outputs = self.runner.run(entry, {self._ids: tokens, **(others or {})}, self.state)
+        """Logits [batch, n or 1, vocabulary]; those of a device stay there until they are read."""
+        run = getattr(self.runner, "there", self.runner.run)
+        outputs = run(entry, {self._ids: tokens, **(others or {})}, self.state)
         end = self.position + tokens.shape[1]
         self._tokens[:, self.position : end] = tokens
         self.state.position = end

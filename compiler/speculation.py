@@ -52,9 +52,9 @@ class Speculation:
         """Read `last` [batch], chosen before; one to `most` new tokens [batch]. Rows `finished` are idle."""
         draft = self._draft(last, most - 1)
         start, began = self.session.position, time.perf_counter()
-        order, logits = self._read(last, draft)
+        order, logits, choices = self._read(last, draft, self.drafter is None and most > 1 and not finished.any())
         seconds = time.perf_counter() - began
-        path, chosen = self._walk(draft, order, logits, finished)
+        path, chosen = self._walk(draft, order, choices, finished)
         rows = [order.index(node) for node in path]
         if rows != [*range(len(rows))]:
             self.session.keep(start, rows)
@@ -65,15 +65,20 @@ class Speculation:
         self._count(draft, path, seconds)
         return chosen
 
-    def _read(self, last: Ids, draft: Draft) -> tuple[list[int], Logits]:
-        """The nodes in the order in which they were read, and the logits after each."""
+    def _read(self, last: Ids, draft: Draft, goes_on: bool) -> tuple[list[int], Logits, Logits]:
+        """The nodes in the order in which they were read, the logits after each, and what is chosen from."""
         import numpy as np
 
         order, depths = draft.preorder()
         tokens = np.stack([last, *(draft.tokens[node - 1] for node in order[1:])], 1)
-        if depths == [*range(len(depths))]:
-            return order, self.session.score(tokens)
-        return order, self.session.branch(self._tree, tokens, depths)
+        chain = depths == [*range(len(depths))]
+        logits = self.session.score(tokens) if chain else self.session.branch(self._tree, tokens, depths)
+        if goes_on:
+            self.session.expect()
+        together = getattr(logits, "together", None)
+        if together is None or self.sampling.repetition_penalty != 1:
+            return order, logits, logits
+        return order, logits, together(self.sampling, np.stack([self._peek(depth) for depth in depths], 1))
 
     def _walk(
         self, draft: Draft, order: list[int], logits: Logits, finished: NDArray[np.bool_]

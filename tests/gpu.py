@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 
 from sylvester.backends.cuda.compile import ARCHITECTURES, build
-from sylvester.backends.cuda.modules import interpret
+from sylvester.backends.cuda.modules import interpret, load
 from sylvester.codegen.gpu_kernel import Kernel
 
 TYPES = {
@@ -30,6 +31,8 @@ def types_of(arguments: dict[str, Any]) -> dict[str, str]:
 def run(kernel: Kernel, grid: tuple[int, ...], **arguments: Any) -> None:
     """Writes into the tensors among the arguments, which must have the types that the kernel was made for."""
     assert types_of(arguments) == dict(kernel.types)
+    names = inspect.signature(getattr(load(kernel.text, interpreted=True), kernel.function).fn).parameters
+    assert list(kernel.types) == [name for name in names if name in kernel.types]  # as they are passed on a device
     interpret(kernel, grid, arguments)
 
 

@@ -12,7 +12,10 @@ import numpy as np
 import torch
 from torch import distributed
 
+from sylvester.backends.cuda.emulated import Emulated
+from sylvester.backends.cuda.runtime import GpuRunner
 from sylvester.compiler.artefact import open_runner
+from sylvester.compiler.manifest import read
 
 KEPT = 7
 """Tokens of the prompt; the others are decoded together."""
@@ -20,8 +23,9 @@ IDS = (np.arange(22) * 37 % 190 + 3).reshape(2, 11)
 
 
 def run(folder: Path) -> dict[str, np.ndarray]:
-    """Logits of the prompt and of the tokens after it, by the runner of an artefact."""
-    runner = open_runner(folder)
+    """Logits of the prompt and of the tokens after it, by the runner of an artefact; of a GPU on an emulated one."""
+    made = read(folder)
+    runner = GpuRunner(folder, made, Emulated()) if made.target == "cuda" else open_runner(folder)
     prompt, rest = {"input_ids": IDS[:, :KEPT]}, {"input_ids": IDS[:, KEPT:]}
     state = runner.new_state("prefill", prompt)
     first = runner.run("prefill", prompt, state)["logits"]

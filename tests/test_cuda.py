@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sylvester as sv
-from sylvester.backends.cuda import runtime
+from sylvester.backends.cuda import calls, runtime
 from sylvester.backends.cuda.device import NullDevice
 from sylvester.backends.cuda.plan_file import size_text
 from sylvester.backends.cuda.simulated import Simulated
@@ -75,12 +75,21 @@ def test_calls_launch_every_kernel_within_memory(artefact):
     assert {"gemv", "attention", "loops"} <= names
     assert "matmul" in {name for name, *_ in device.launches[:many]}
     runner.close()
+    del state
     assert not device.held
 
 
-def test_weights_that_do_not_fit_are_refused_before_they_are_copied(artefact):
-    with pytest.raises(CompileError, match=r"the weights take .* GB free"):
-        opened(artefact, memory=1000)
+def test_what_does_not_fit_is_refused_before_it_is_copied(artefact):
+    runner, _ = opened(artefact)
+    state = runner.new_state("prefill", {"input_ids": np.zeros((1, 4), np.int64)})
+    caches = sum(array.nbytes for array in state.arrays.values())
+    needed = runner._room["weights.safetensors"].nbytes + caches
+    for memory in (1000, needed):
+        with pytest.raises(
+            CompileError, match=r"takes .* GB \(weights .*, caches of one sequence .*\), the device has"
+        ):
+            opened(artefact, memory=memory)
+    assert opened(artefact, memory=2 * needed + (1 << 20))
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
@@ -124,7 +133,7 @@ def test_tensors_beyond_what_kernels_address_are_refused(artefact, monkeypatch, 
     runner, device = opened(artefact)
     inputs = {"input_ids": np.zeros((1, 4), np.int64)}
     state = runner.new_state("prefill", inputs)
-    monkeypatch.setattr(runtime, "LIMIT", limit)
+    monkeypatch.setattr(calls, "LIMIT", limit)
     with pytest.raises(InputError, match=f"elements, kernels on GPUs address at most {limit}"):
         runner.run("prefill", inputs, state)
     assert not device.launches

@@ -7,7 +7,8 @@ import torch
 
 from sylvester.backends.cuda.compile import ARCHITECTURES, build
 from sylvester.codegen.gpu_attention import SHARED, Form, kernel, space
-from sylvester.codegen.gpu_caches import grid, kv_update
+from sylvester.codegen.gpu_caches import APART, grid, kv_update
+from sylvester.codegen.gpu_kernel import paired
 from sylvester.compiler import cache_ops, ops
 from tests.gpu import builds, run
 from tests.test_gpu_attention import DTYPES, compute, flat, padded, strides_of
@@ -100,3 +101,7 @@ def test_machine_code_of_attention_over_records(stored, products, arch):
     form = Form(128, 128, 4, k=stored, v=stored, past=True, products=products)
     for tiles in space(form, 1, arch):
         assert build(kernel(form, tiles, 8), arch).shared <= SHARED[arch]
+
+
+def test_machine_code_of_two_updates():
+    builds(paired(kv_update(128, "f32", "bf16", ("cache", "x")), APART), ("sm_90",))

@@ -7,7 +7,19 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from sylvester.codegen.gpu_matmul import SIZES, Linear, Norm, Tile, aligned_of, finish, gemv, grid, kernel, parts_bytes
+from sylvester.codegen.gpu_matmul import (
+    SIZES,
+    Linear,
+    Norm,
+    Tile,
+    aligned_of,
+    finish,
+    gemv,
+    gemv_group,
+    grid,
+    kernel,
+    parts_bytes,
+)
 from sylvester.codegen.gpu_rows import candidates, quantize_grid
 from sylvester.codegen.gpu_rows import quantize_rows as rows_kernel
 from sylvester.compiler.errors import CompileError
@@ -106,9 +118,10 @@ def test_candidates_of_rows():
 
 def test_rows_by_a_step_are_cut():
     x, step = torch.randn(40, 33).bfloat16(), torch.tensor([0.01])
-    numbers = torch.empty(40, 33, dtype=torch.int8)
-    run(rows_kernel("bf16", 33, step=True), quantize_grid(40, 33), x=x, numbers=numbers, scales=step,
+    numbers, scales = torch.empty(40, 33, dtype=torch.int8), torch.empty(40)
+    run(rows_kernel("bf16", 33, step=True), quantize_grid(40, 33), x=x, numbers=numbers, scales=scales, step=step,
         m=40, k=33, x_row=33, numbers_row=33)  # fmt: skip
+    assert torch.equal(scales, step.expand(40))
     assert torch.equal(numbers.float(), quantize_rows(x, 8, step)[0])
 
 
@@ -139,6 +152,7 @@ def test_machine_code(name: str):
     linear, tile = BUILT[name]
     builds(kernel(linear, tile, 4096, ALIGNED))
     builds(gemv(linear, Tile(1, 8, 256), 1, 4096, ALIGNED), ("sm_90",))
+    builds(gemv_group(linear.plain, Tile(1, 8, 256), 1, 4096), ("sm_80",))
 
 
 def test_rows_of_any_length_are_read_by_narrow_loads():
@@ -174,6 +188,7 @@ def test_float8_has_no_machine_code_for_ampere():
         (lambda: gemv(FORMS["float32"], Tile(1, 8, 64), 5, 64), "5 rows"),
         (lambda: kernel(FORMS["int8 rows"], Tile(16, 16, 64), 1 << 18), "a depth of 262144"),
         (lambda: rows_kernel("i8", 64), "rows in 'i8'"),
+        (lambda: gemv_group(BUILT["bfloat16"][0], Tile(1, 8, 64), 1, 64), "nothing after their bias"),
     ],
 )
 def test_what_there_is_not(wrong: Callable[[], object], message: str):

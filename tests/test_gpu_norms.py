@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from sylvester.codegen import gpu_norms as family
+from sylvester.codegen.gpu_kernel import paired
 from sylvester.compiler import ops
 from sylvester.compiler.sampling import LEAST, Sampling
 from tests.gpu import builds, run
@@ -18,10 +19,12 @@ from tests.test_gpu_attention import DTYPES, flat, padded, strides_of
 @pytest.mark.parametrize(("n", "dtype", "summed"), [(37, "f32", False), (300, "bf16", True), (5000, "f32", True)])
 def test_norms(kind, n, dtype, summed):
     x, other = (torch.randn(5, n).to(DTYPES[dtype]) * 3 + 1 for _ in range(2))
+    x = torch.cat((x, x), 1)[:, :n]
     weight, bias = torch.randn(n), torch.randn(n)
-    y, total = torch.empty_like(x), torch.empty_like(x)
+    y, total = torch.empty_like(other), torch.empty_like(other)
     made = family.norm(kind, n, dtype, weight="f32", bias="f32" if kind == "layer" else None, summed=summed)
     given = {"y": y, "total": total, "x": x, "other": other, "weight": weight, "bias": bias, "rows": 5, "n": n}
+    given["x_row"] = x.stride(0)
     given["eps"] = 1e-3
     run(made, family.norm_grid(n, 5), **{name: given[name] for name in made.types})
     source = x + other if summed else x
@@ -37,7 +40,7 @@ def test_norms(kind, n, dtype, summed):
 
 def test_a_norm_without_weight():
     x, y = torch.randn(3, 64), torch.empty(3, 64)
-    run(family.norm("rms", 64, "f32"), family.norm_grid(64, 3), y=y, x=x, rows=3, n=64, eps=1e-6)
+    run(family.norm("rms", 64, "f32"), family.norm_grid(64, 3), y=y, x=x, rows=3, n=64, x_row=64, eps=1e-6)
     torch.testing.assert_close(y, ops.rms_norm(x, None, 1e-6))
 
 
@@ -58,19 +61,19 @@ def test_softmax(n):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("halved", [False, True])
 @pytest.mark.parametrize(("d", "rotary", "batches"), [(24, 24, 1), (20, 12, 2)])
-def test_rope(interleaved, paired, d, rotary, batches):
+def test_rope(interleaved, halved, d, rotary, batches):
     x, y = padded(2, 3, 5, d), padded(2, 3, 5, d)
     angles = torch.randn(batches, 5, rotary // 2)
     whole = angles.repeat_interleave(2, -1) if interleaved else torch.cat((angles, angles), -1)
-    used = (angles if paired else whole).contiguous()
+    used = (angles if halved else whole).contiguous()
     given = {
         "y": flat(y), "x": flat(x), "cos": used.cos(), "sin": used.sin(), "total": 30, "heads": 3, "rows": 5,
         **strides_of("y", y), **strides_of("x", x), "angle_row": used.shape[-1],
         "angle_batch": used.stride(0) if batches > 1 else 0,
     }  # fmt: skip
-    made = family.rope(d, rotary, "f32", "f32", "f32", interleaved=interleaved, paired=paired)
+    made = family.rope(d, rotary, "f32", "f32", "f32", interleaved=interleaved, halved=halved)
     run(made, family.rope_grid(30), **{name: given[name] for name in made.types})
     expected = ops.rope(x.double(), whole.cos().double(), whole.sin().double(), interleaved)
     torch.testing.assert_close(y.double(), expected, atol=1e-6, rtol=1e-6)
@@ -90,7 +93,9 @@ def test_the_best_is_the_first_of_equals():
     x[1, 5:] = -0.0
     x[2] = -torch.inf
     x[3, 2000], x[3, 2500] = torch.nan, torch.inf
-    assert torch.equal(best(x), x.argmax(-1))
+    found = best(x)
+    assert torch.equal(torch.where(found < 0, -1 - found, found), x.argmax(-1))
+    assert (found < 0).tolist() == [False, False, True, True], "the host is told of what is not finite"
 
 
 SAMPLINGS = [
@@ -103,21 +108,43 @@ SAMPLINGS = [
 ]
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_drawn_as_on_the_host(sampling):
-    rows, n = 6, 150
-    x = torch.randn(rows, n) * 3
-    x[1] = x[1].round()
-    x[2, 10:20] = -torch.inf
-    uniform = torch.rand(rows, dtype=torch.float64)
-    ids = torch.empty(rows, dtype=torch.int64)
+def drawn(sampling, x, uniform):
+    ids, (rows, n) = torch.empty(len(x), dtype=torch.int64), x.shape
     made = family.draw(top_k=sampling.top_k is not None, top_p=sampling.top_p is not None, read=64)
     run(
         made, (rows,), ids=ids, x=x, uniform=uniform.view(torch.int64), n=n, stride=n,
         temperature=max(sampling.temperature, LEAST), top_k=sampling.top_k or 0, top_p=sampling.top_p or 0.0,
     )  # fmt: skip
+    return ids.numpy()
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_drawn_as_on_the_host(sampling):
+    rows, n = 12, 150
+    x = torch.randn(rows, n) * 3
+    x[1] = x[1].round()
+    x[2, 10:20] = -torch.inf
+    uniform = torch.rand(rows, dtype=torch.float64)
+    found = drawn(sampling, x, uniform)
     expected = sampling.pick(x.numpy(), np.zeros((rows, 0), np.int64), uniform.numpy())
-    assert ids.tolist() == expected.tolist()
+    assert np.where(found < 0, expected, found).tolist() == expected.tolist()
+    assert (found < 0).sum() <= 1
+
+
+def test_what_rounding_decides_is_left_to_the_host():
+    x = torch.zeros(4, 100)
+    x[0, 3] = torch.nan
+    x[1] = -torch.inf
+    x[2, 7] = torch.inf
+    x[3] = -100.0
+    x[3, :4] = torch.tensor([0.0, -0.5, -1.0, -1.5])
+    uniform = torch.rand(4, dtype=torch.float64)
+    assert (drawn(Sampling(1.0), x, uniform) < 0).tolist() == [True, True, True, False]
+    weights = x[3, :4].double().exp()
+    edge = float(weights[:2].sum() / weights.sum())
+    tied = Sampling(1.0, top_p=edge + 1e-6)
+    found = drawn(tied, x[3:].repeat(16, 1), torch.rand(16, dtype=torch.float64))
+    assert {-3} <= {*found.tolist()} <= {0, 1, -3}, "the third token may be in the nucleus, or not"
 
 
 BUILT = {
@@ -126,6 +153,7 @@ BUILT = {
     "softmax": family.softmax(1000, "f32", "bf16"),
     "long softmax": family.softmax(50000, "f32", "f32"),
     "rope": family.rope(128, 128, "bf16", "bf16", "f32"),
+    "rope of two": paired(family.rope(64, 64, "f32", "f32", "f32"), family.APART),
     "best": family.best()[0],
     "draw": family.draw(top_k=True, top_p=True),
 }

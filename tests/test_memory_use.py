@@ -84,7 +84,7 @@ def test_available_memory_is_read_from_the_system(tmp_path, monkeypatch):
     assert memory.available() == float("inf")
 
 
-@pytest.fixture(scope="module", params=["", pytest.param("w8a8", marks=pytest.mark.nightly), "w4a8"])
+@pytest.fixture(scope="module", params=["", *(pytest.param(p, marks=pytest.mark.nightly) for p in ("w8a8", "w4a8"))])
 def measured(request, tmp_path_factory):
     """Sizes of compiling and running in processes of their own, with the predictions."""
     folder = tmp_path_factory.mktemp("memory") / "artefact"

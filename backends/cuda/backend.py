@@ -12,45 +12,66 @@ from typing import Any, ClassVar
 
 from sylvester.backends.base import Backend
 from sylvester.backends.cpu import require_float32
+from sylvester.backends.cuda.choice import PLAIN, TOP_K, TOP_P
 from sylvester.backends.cuda.compile import ARCHITECTURES, Cubin, build
 from sylvester.backends.cuda.modules import require_triton
 from sylvester.backends.cuda.plan_file import StoredKernel, described
 from sylvester.backends.cuda.runtime import FILE, VERSION
+from sylvester.backends.cuda.tune import tiles
+from sylvester.backends.identity import measurements
 from sylvester.backends.packed_weights import stored_tensors
 from sylvester.backends.signature import manifest
 from sylvester.backends.tensor_writer import Deferred, write_tensors
+from sylvester.codegen.compile import hints_of
 from sylvester.codegen.gpu_kernel import Kernel
-from sylvester.codegen.gpu_plan import GpuEntry, gpu_entries
+from sylvester.codegen.gpu_norms import best, draw
+from sylvester.codegen.gpu_plan import GpuEntry, gpu_entries, verifies
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.manifest import WEIGHTS, Manifest
+from sylvester.compiler.parallel_ops import RANKS
 from sylvester.compiler.program import Program
 from sylvester.compiler.progress import Progress
+from sylvester.compiler.stages import DRAFT
 from sylvester.compiler.target import Target
+
+TREES = "generation drafts nothing: attention over trees of drafts rounds otherwise than over a text on GPUs"
 
 
 class Cuda(Backend):
     """`Target.arch` chooses one architecture, such as "sm_90"; by default there are cubins for all of them."""
 
     name: ClassVar[str] = "cuda"
+    tunes: ClassVar[bool] = True
 
     def identity(self, target: Target) -> tuple[str, ...] | None:
-        return ("cuda", metadata.version("triton") if find_spec("triton") else "", *architectures(target))
+        archs = architectures(target)
+        known = measurements() if len(archs) == 1 else ""
+        return ("cuda", metadata.version("triton") if find_spec("triton") else "", *archs, known)
 
     def build(self, program: Program, target: Target, folder: Path, progress: Progress) -> Manifest:
         archs = architectures(target)
         require_triton()
         require_float32(program)
-        entries = gpu_entries(program)
-        kernels = {launch.kernel.key: launch.kernel for entry in entries.values() for launch in entry.launches}
+        tuning = tiles(program, gpu_entries(program, archs), archs, target.tune, progress)
+        entries = tuning.entries
+        weights = {name: _weights(entry) for name, entry in entries.items()}
+        made = manifest(program, target, weights=weights, steady=verifies(program))
+        choice = choosing() if made.generation else {}
+        used = [launch.kernel for entry in entries.values() for launch in entry.launches]
+        kernels = {kernel.key: kernel for kernel in (*used, *choice.values())}
         stored = _built(kernels, archs, folder, progress)
         numbers = {key: n for n, key in enumerate(kernels)}
-        listed = {name: described(entry, numbers) for name, entry in entries.items()}
-        text = json.dumps({"version": VERSION, "kernels": [asdict(k) for k in stored], "entries": listed})
-        (folder / FILE).write_text(text + "\n", encoding="utf-8")
+        listed = {name: described(entry, numbers, _hints(program, name)) for name, entry in entries.items()}
+        data = {"version": VERSION, "kernels": [asdict(k) for k in stored], "entries": listed}
+        data["ranks"] = program.info.get(RANKS)
+        data["choice"] = {role: numbers[kernel.key] for role, kernel in choice.items()}
+        (folder / FILE).write_text(json.dumps(data) + "\n", encoding="utf-8")
         write_tensors(folder / WEIGHTS, _tensors(program, entries))
-        names = {name: _weights(entry) for name, entry in entries.items()}
-        self.notes = [f"{len(kernels)} kernels for {', '.join(archs)}; default tiles: they were not tuned on a GPU"]
-        return replace(manifest(program, target, weights=names), isas=archs)
+        told = [note for entry in entries.values() for note in entry.notes]
+        told += [TREES] if DRAFT in program.info and not verifies(program) else []
+        self.notes = list(dict.fromkeys([f"{len(kernels)} kernels for {', '.join(archs)}", *told, *tuning.notes]))
+        self.fusions = [fusion for entry in entries.values() for fusion in entry.fusions]
+        return replace(made, isas=archs)
 
 
 def architectures(target: Target) -> tuple[str, ...]:
@@ -63,15 +84,25 @@ def architectures(target: Target) -> tuple[str, ...]:
     return (target.arch,) if target.arch else ARCHITECTURES
 
 
+def choosing() -> dict[str, Kernel]:
+    """The kernels that choose tokens, by what they do."""
+    parts, whole = best()
+    drawn = {PLAIN: draw(top_k=False, top_p=False), TOP_K: draw(top_k=True, top_p=False)}
+    return {"best_parts": parts, "best_of_parts": whole, **drawn, TOP_P: draw(top_k=True, top_p=True)}
+
+
 def _built(kernels: Mapping[str, Kernel], archs: Sequence[str], folder: Path, progress: Progress) -> list[StoredKernel]:
-    """Every kernel as a file for each architecture."""
-    jobs = [(key, arch) for key in kernels for arch in archs]
+    """Every kernel as a file for each architecture; none for what the host does."""
+    jobs = [(key, arch) for key, kernel in kernels.items() for arch in archs if kernel.text]
     made: dict[tuple[str, str], Cubin] = {}
     for done, (key, arch) in enumerate(jobs):  # Triton parses Python, which CPython 3.11 does wrongly on two threads
         made[key, arch] = build(kernels[key], arch)
         progress("triton", done + 1, len(jobs))
     found = []
     for key, kernel in kernels.items():
+        if not kernel.text:
+            found.append(StoredKernel(kernel.function, tuple(kernel.types.values()), 0, {}, {}))
+            continue
         files = {arch: f"code/{arch}/{key[:16]}.cubin" for arch in archs}
         for arch, name in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +111,11 @@ def _built(kernels: Mapping[str, Kernel], archs: Sequence[str], folder: Path, pr
         one = made[key, archs[0]]
         found.append(StoredKernel(one.function, tuple(kernel.types.values()), one.warps, shared, files))
     return found
+
+
+def _hints(program: Program, name: str) -> dict[str, int]:
+    """The sizes of the examples."""
+    return {size.name: n for size, n in hints_of(program.entries[name]).items()}
 
 
 def _weights(entry: GpuEntry) -> list[str]:

@@ -26,7 +26,8 @@ class Cubin:
 
 
 def build(kernel: Kernel, arch: str) -> Cubin:
-    """`CompileError` for an architecture that is not among `ARCHITECTURES`, or a kernel that Triton refuses."""
+    """`CompileError` for an architecture that is not among `ARCHITECTURES`, a kernel that Triton refuses, or types in
+    another order than arguments are passed in."""
     if arch not in ARCHITECTURES:
         raise CompileError(f"found the architecture {arch!r}, expected one of {list(ARCHITECTURES)}")
     compiled = _compiled(kernel, arch)
@@ -43,6 +44,9 @@ def _compiled(kernel: Kernel, arch: str) -> Any:
 
     function = getattr(load(kernel.text, interpreted=False), kernel.function)
     names = function.arg_names
+    given = [name for name in names if name in kernel.types]
+    if given != list(kernel.types):
+        raise CompileError(f"{kernel.function} takes {given} in this order, found types of {list(kernel.types)}")
     signature = {name: kernel.types.get(name, "constexpr") for name in names}
     hints = {(names.index(name),): [["tt.divisibility", 16]] for name in kernel.aligned}
     source = ASTSource(function, signature, dict(kernel.constants), hints)

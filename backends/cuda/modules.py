@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -58,7 +59,7 @@ def interpret(kernel: Kernel, grid: tuple[int, ...], arguments: Mapping[str, Any
     """Runs a kernel on tensors of the CPU, one program after another: slow, and numbers as on a GPU but for their order
     in sums and the rounding of its own instructions."""
     function: Callable[..., Any] = getattr(load(kernel.text, interpreted=True), kernel.function)[grid]
-    with np.errstate(all="ignore"), _interpreted_language(), rounding():
+    with np.errstate(all="ignore"), _interpreted_language(), _prepared_once(), rounding():
         function(**arguments, **kernel.constants, num_warps=kernel.warps, num_stages=kernel.stages)
 
 
@@ -83,6 +84,32 @@ def _interpreted_language() -> Iterator[None]:
     finally:
         for place, values in zip(places, before, strict=True):
             _restore(place, values)
+
+
+@contextmanager
+def _prepared_once() -> Iterator[None]:
+    """Triton prepares its language anew for every call of a function by another; within a launch, once is enough.
+
+    It also computes whether sums overflow, and does nothing with the answer.
+    """
+    from triton.runtime import interpreter
+
+    plain, done = interpreter._patch_lang, dict[tuple[int, ...], Any]()
+    builder, options = interpreter.interpreter_builder, interpreter.interpreter_builder.options
+
+    def prepare(function: Any) -> Any:
+        key = tuple(id(value) for value in function.__globals__.values() if isinstance(value, ModuleType))
+        if key not in done:
+            done[key] = plain(function)
+        return done[key]
+
+    interpreter._patch_lang = prepare
+    builder.options = replace(options, sanitize_overflow=False)
+    try:
+        yield
+    finally:
+        interpreter._patch_lang = plain
+        builder.options = options
 
 
 def _restore(place: Any, values: Mapping[str, Any]) -> None:

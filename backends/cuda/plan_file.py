@@ -11,13 +11,14 @@ from sylvester.codegen.index import Atom, Index, Quotient, Size
 from sylvester.codegen.lazy import Buffer, Pointer
 
 
-def described(entry: GpuEntry, numbers: Mapping[str, int]) -> dict[str, Any]:
-    """`numbers`: the place of a kernel, by its key, among those of the artefact."""
+def described(entry: GpuEntry, numbers: Mapping[str, int], hints: Mapping[str, int]) -> dict[str, Any]:
+    """`numbers`: the place of a kernel, by its key, among those of the artefact; `hints`: sizes of usual calls."""
     slots = {name: n for n, slot in enumerate(entry.slots) for name in slot.buffers}
     outputs = {b.name for b in entry.outputs}
     return {
         "buffers": {b.name: _buffer(b, slots) for b in entry.buffers.values() if b.name not in outputs}
         | {b.name: _buffer(b, slots) for b in entry.outputs},
+        "hints": dict(hints),
         "slots": [[size_text(n) for n in slot.sizes] for slot in entry.slots],
         "launches": [_launch(launch, numbers) for launch in entry.launches],
     }

@@ -1,9 +1,9 @@
-"""Load and run an artefact for a GPU: weights are copied there once, calls launch kernels over one arena."""
+"""Load and run an artefact for a GPU: weights are copied there once, and caches and outputs stay there until read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,28 +11,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sylvester.backends.cuda.ahead import Ahead, Step
+from sylvester.backends.cuda.calls import ARENA, ERROR, Call, Launch, dtype_of, prepared, require_addressable
+from sylvester.backends.cuda.choice import MOST, ROOM, Chooser, Scores
+from sylvester.backends.cuda.collectives import require_ranks, sum_over_ranks
 from sylvester.backends.cuda.device import Device
 from sylvester.backends.cuda.driver import first_device
+from sylvester.backends.cuda.graphs import Graphs
+from sylvester.backends.cuda.memory import DeviceArray, Heap, Memory, padded, stepped
+from sylvester.backends.cuda.prediction import require_memory
 from sylvester.backends.tensor_file import TensorFile
-from sylvester.codegen.scalar import BYTES
 from sylvester.compiler import binding
+from sylvester.compiler.device_arrays import Foreign
 from sylvester.compiler.errors import ArtefactError, CompileError, InputError, Unsupported
 from sylvester.compiler.manifest import WEIGHTS, EntrySpec, Manifest
 from sylvester.compiler.runner import State, entry_of
-from sylvester.compiler.sizes import evaluate
 
 Array = NDArray[np.generic]
-FILE, VERSION = "launches.json", 1
-ALIGNMENT = 256
-LIMIT = 2**31 - 1
-"""The most elements that kernels address in a tensor."""
+FILE, VERSION = "launches.json", 2
+KEPT_CALLS = 64
+"""Sizes of calls whose launches are kept as numbers."""
 FLAG = 16
 """Bytes of what kernels report: a code, and the value that was wrong."""
 ZERO_DIVISOR = 3
+ALIGNED = 16
+"""Bytes that addresses of inputs are multiples of."""
+GUARDED = "kernels are launched one by one, as the CPU reads which parts of the model are skipped, or sums over ranks"
 
 
 class GpuRunner:
-    """One model on one device. The arrays of a state are copied there and back at every call."""
+    """One model on one device; calls of several threads run one after another."""
 
     def __init__(self, folder: Path, manifest: Manifest, device: Device) -> None:
         self.folder, self.manifest, self.device = folder, manifest, device
@@ -41,125 +49,210 @@ class GpuRunner:
             raise ArtefactError(f"{FILE} has version {data['version']}, expected {VERSION}", hint="compile again")
         self.arch = built_for(device.arch, manifest.isas)
         self.kernels, self.entries = data["kernels"], data["entries"]
+        self.heap = Heap(device, self._settle)
+        self.graphs, self.choices = Graphs(device), Graphs(device)
+        """Of calls, and of what chooses tokens."""
+        self._ranks = data.get("ranks")
+        self._hosted = {number for number, kernel in enumerate(self.kernels) if not kernel["files"]}
+        """What is no kernel: sums over ranks."""
+        self.notes = [f"{name}: {GUARDED}" for name, entry in self.entries.items() if self._guarded(entry)]
+        self._lock = self.heap.lock
         self._functions: dict[int, Any] = {}
-        self._room: dict[str, tuple[int, int]] = {}
-        """Address and bytes of what is kept between calls, by use."""
-        self._weights = self._upload()
+        self._calls: dict[Hashable, Call] = {}
+        self._room: dict[str, Memory] = {}
+        """What is kept between calls, by use."""
+        arrays = TensorFile(folder / WEIGHTS).arrays if any(s.weights for s in manifest.entries.values()) else {}
+        require_memory(arrays, self.entries, manifest, device.free_bytes())
+        self._places = self._upload(arrays)
+        """Addresses of weights and of the flag."""
+        self._places[ERROR] = report = self._place(ERROR, FLAG + 8 * MOST)
+        self.device.clear(report, FLAG)
+        self._roles: dict[str, int] = data["choice"]
+        self._ahead = Ahead(self._run, lambda: self.device.clear(report, FLAG))
+        self._chooser = Chooser(
+            self.heap, self._start, self.choices.run, report, FLAG, self._raise, self._ahead,
+            lambda: self._place("choice", ROOM), self.notes,
+        )  # fmt: skip
 
-    def _upload(self) -> dict[str, int]:
-        arrays = TensorFile(self.folder / WEIGHTS).arrays if self._stored() else {}
-        needed, free = sum(_padded(a.nbytes) for a in arrays.values()), self.device.free_bytes()
-        if needed > free:
-            raise CompileError(
-                f"the weights take {needed / 1e9:.2f} GB, the device has {free / 1e9:.2f} GB free",
-                hint="compile with fewer bits (passes='w4a8'), or free memory of the device",
-            )
-        places = {}
+    def _upload(self, arrays: Mapping[str, Array]) -> dict[str, int]:
+        self._room[WEIGHTS] = self.heap.take(sum(padded(a.nbytes) for a in arrays.values()))
+        places, at = {}, self._room[WEIGHTS].address
         for name, array in arrays.items():
-            _require_addressable(name, array.size)
-            places[name] = self.device.allocate(_padded(array.nbytes))
-            self.device.write(places[name], np.ascontiguousarray(array))
+            require_addressable(name, array.size)
+            places[f"weight {name}"] = at
+            self.device.write(at, np.ascontiguousarray(array))
+            at += padded(array.nbytes)
         return places
 
-    def _stored(self) -> bool:
-        return any(spec.weights for spec in self.manifest.entries.values())
-
     def new_state(self, entry: str, inputs: Mapping[str, Array]) -> State:
-        """Zeroed slots for the batch of `inputs`."""
+        """Zeroed slots on the device for the batch of `inputs`, in one piece of memory."""
         spec = self.manifest.entries[entry_of(self.manifest, entry)]
         values = binding.bind(spec, binding.complete(spec, inputs, State({})), None, self.manifest.state)
         shapes = binding.state_shapes(spec, self.manifest.state, values)
-        return State({name: np.zeros(shape, self._dtype(name)) for name, shape in shapes.items()})
-
-    def _dtype(self, slot: str) -> Any:
-        found = self.manifest.state[slot].dtype
-        return binding.DTYPES.get(found, found)
+        dtypes = {name: dtype_of(self.manifest.state[name].dtype) for name in shapes}
+        sizes = {name: padded(int(np.prod(shape)) * dtypes[name].itemsize) for name, shape in shapes.items()}
+        with self._lock:
+            memory = self.heap.take(sum(sizes.values()))
+            self.device.clear(memory.address, memory.nbytes)
+        arrays, at = {}, memory.address
+        for name, shape in shapes.items():
+            arrays[name] = DeviceArray(self.heap, memory, at, shape, dtypes[name])
+            at += sizes[name]
+        return State(arrays)  # type: ignore[arg-type]
 
     def run(self, entry: str, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
         """One call of an entry; `InputError` when the inputs do not fit, with what was found and expected."""
+        with self._lock:
+            outputs = self.there(entry, inputs, state)
+            self._settle()
+            return {name: array.numpy() for name, array in outputs.items()}
+
+    def there(self, entry: str, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, DeviceArray]:
+        """As `run`, but the outputs stay on the device, and what kernels report is an error of what is read next."""
+        with self._lock:
+            begun = self._ahead.take(entry, inputs, state)
+            return self._run(entry, inputs, state) if begun is None else begun
+
+    def expect(self, entry: str, name: str, state: State, batch: int) -> None:
+        """The next ids [batch] that are chosen will be read as input `name` of an entry, where the state is now."""
+        self._ahead.expect(Step(entry, name, state, batch))
+
+    def _run(self, entry: str, inputs: Mapping[str, Array], state: State | None = None) -> dict[str, DeviceArray]:
         spec = self.manifest.entries[entry_of(self.manifest, entry)]
         arrays = binding.complete(spec, inputs, state)
-        values = binding.bind(spec, arrays, state if spec.states else None, self.manifest.state)
-        outputs = {o.name: _empty(o.shape, o.dtype, values) for o in spec.outputs}
-        places = self._places(entry, spec, arrays, state, outputs, values)
-        for launch in self.entries[entry]["launches"]:
-            self._launch(entry, launch, places, values)
-        self._require_no_error(places["error"])
-        for name, array in outputs.items():
-            self.device.read(places[f"output {name}"], array)
-        for name in spec.states if state else ():
-            self.device.read(places[f"state {name}"], state.arrays[name])  # type: ignore[union-attr]
+        with self._lock:
+            if not self._room:
+                raise CompileError("the artefact is closed", hint="load it again with sv.load")
+            require_ranks(self._ranks)
+            call = self._call(entry, spec, arrays, state if spec.states else None)
+            outputs = {name: self._output(*what) for name, what in call.outputs.items()}
+            places = self._given(spec, arrays) | self._slots(spec, state)
+            places |= {f"output {name}": array.address for name, array in outputs.items()}
+            places[ARENA] = self._place(ARENA, call.arena)
+            self._execute(call, places)
         return outputs
 
-    def _places(
-        self,
-        entry: str,
-        spec: EntrySpec,
-        arrays: list[Array],
-        state: State | None,
-        outputs: Mapping[str, Array],
-        values: Mapping[str, int],
-    ) -> dict[str, int]:
-        """Addresses of inputs, state, outputs and slots of the arena, by kind and name; the inputs are there."""
-        found = {}
-        given = [(f"input {s.name}", a) for s, a in zip(spec.inputs, arrays, strict=True)]
-        given += [(f"state {name}", state.arrays[name]) for name in spec.states] if state else []
-        for name, array in (*given, *outputs.items()):
-            _require_addressable(name, array.size)
-        for name, array in given:
-            found[name] = self._place(name, array.nbytes)
-            self.device.write(found[name], np.ascontiguousarray(array))
-        found |= {f"output {name}": self._place(f"output {name}", a.nbytes) for name, a in outputs.items()}
-        for number, sizes in enumerate(self.entries[entry]["slots"]):
-            nbytes = max(evaluate(n, values) for n in sizes)
-            _require_addressable("a tensor of this call", nbytes)
-            found[f"slot {number}"] = self._place(f"slot {number}", nbytes)
-        found["error"] = self._place("error", FLAG)
-        self.device.write(found["error"], np.zeros(2, np.int64))
-        return found
+    def _output(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
+        array = self.heap.array(shape, dtype)
+        chosen_from = self._roles and dtype == np.float32 and len(shape) > 1
+        return Scores.of(array, self._chooser) if chosen_from else array
+
+    def _execute(self, call: Call, places: dict[str, int]) -> None:
+        whole = self._places | places
+
+        def launch() -> None:
+            for one in call.launches:
+                self._launch(one, whole)
+
+        if call.guarded or any(one.kernel in self._hosted for one in call.launches):
+            launch()
+        else:
+            self.graphs.run((call.entry, call.values, tuple(places.values())), launch)
+
+    def beside(self, entry: str, inputs: Mapping[str, Any], streams: Sequence[int]) -> dict[str, DeviceArray]:
+        """Outputs that stay on the device, of inputs of which some are there as `Foreign` arrays, which are not copied.
+
+        Work begins after what the streams were given, and they go on after it.
+        """
+        with self._lock:
+            for stream in streams:
+                self.device.follow(stream)
+            self.heap.lend(streams)
+            arrays: dict[str, Any] = {n: self._taken(n, v) if isinstance(v, Foreign) else v for n, v in inputs.items()}
+            state = self.new_state(entry, arrays) if self.manifest.entries[entry].states else None
+            outputs = self.there(entry, arrays, state)
+            if self._reports(entry):
+                self._settle()
+            for stream in streams:
+                self.device.lead(stream)
+        return outputs
+
+    def _taken(self, name: str, value: Foreign) -> DeviceArray:
+        """Where it is; a copy if kernels could not read it there."""
+        array = DeviceArray(self.heap, value.owner, value.address, value.shape, np.dtype(value.dtype), value.strides)
+        if array.contiguous and array.address % ALIGNED == 0:
+            return array
+        why = f"input {name!r} was copied on the device: it is not row-major, or not at a multiple of {ALIGNED} bytes"
+        if why not in self.notes:
+            self.notes.append(why)
+        return array.copy()
+
+    def _reports(self, entry: str) -> bool:
+        """Whether kernels check positions, so that the CPU has to ask what they found."""
+        launches = self.entries[entry]["launches"]
+        return any(isinstance(a, dict) and "error" in a for launch in launches for a in launch["arguments"])
+
+    def _call(self, entry: str, spec: EntrySpec, arrays: list[Array], state: State | None) -> Call:
+        key = (entry, tuple(a.shape for a in arrays), state.shapes if state else ())
+        if key not in self._calls:
+            values = binding.bind(spec, arrays, state, self.manifest.state)
+            self._calls[key] = prepared(entry, self.entries[entry], spec, self.manifest.state, values)
+            if len(self._calls) > KEPT_CALLS:
+                del self._calls[next(iter(self._calls))]
+        return self._calls[key]
+
+    def _given(self, spec: EntrySpec, arrays: list[Any]) -> dict[str, int]:
+        """Addresses of the inputs; those of the host are copied there together."""
+        total = sum(padded(a.nbytes) for a in arrays if isinstance(a, np.ndarray))
+        base, at, packed = self._place("inputs", total), 0, np.empty(total, np.uint8)
+        places = {}
+        for tensor, array in zip(spec.inputs, arrays, strict=True):
+            if not isinstance(array, np.ndarray):
+                places[f"input {tensor.name}"] = array.address
+                continue
+            packed[at : at + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            places[f"input {tensor.name}"] = base + at
+            at += padded(array.nbytes)
+        if total:
+            self.device.write(base, packed)
+        return places
+
+    def _slots(self, spec: EntrySpec, state: State | None) -> dict[str, int]:
+        """Addresses of the caches."""
+        places = {}
+        shapes = dict(zip(state.arrays, state.shapes, strict=True)) if state else {}
+        for name in spec.states if state else ():
+            array: Any = state.arrays[name]  # type: ignore[union-attr]
+            if not (isinstance(array, DeviceArray) and array.contiguous and array.shape == shapes[name]):
+                raise InputError(
+                    f"state {name!r} is a {type(array).__name__} of shape {list(array.shape)}, expected a row-major "
+                    f"array of the device of shape {list(shapes[name])}", hint="make the state with `new_state`",
+                )  # fmt: skip
+            places[f"state {name}"] = array.address
+        return places
 
     def _place(self, use: str, nbytes: int) -> int:
-        """Memory that is kept for a use, and grows."""
-        address, held = self._room.get(use, (0, 0))
-        if nbytes > held or not address:
-            if address:
-                self.device.release(address)
-            self._room[use] = (self.device.allocate(_padded(nbytes)), _padded(nbytes))
-        return self._room[use][0]
+        """Memory that is kept for a use, and grows in steps: graphs are of no use once it has moved."""
+        if use not in self._room or self._room[use].nbytes < nbytes:
+            self._room.pop(use, None)
+            self._room[use] = self.heap.take(stepped(nbytes))
+        return self._room[use].address
 
-    def _launch(
-        self, entry: str, launch: Mapping[str, Any], places: Mapping[str, int], values: Mapping[str, int]
-    ) -> None:
-        grid = tuple(evaluate(n, values) for n in launch["grid"])
-        if not all(grid) or not _fits(launch.get("when"), values) or self._skipped(entry, launch, places):
+    def _guarded(self, entry: Mapping[str, Any]) -> bool:
+        return any("guard" in launch or launch["kernel"] in self._hosted for launch in entry["launches"])
+
+    def _launch(self, launch: Launch, places: Mapping[str, int]) -> None:
+        if launch.guard and self._skips(places[launch.guard[0]] + launch.guard[1]):
             return
-        kernel = self.kernels[launch["kernel"]]
-        arguments = [self._argument(entry, a, places, values) for a in launch["arguments"]]
-        function = self._function(launch["kernel"])
-        self.device.launch(
-            function, grid, kernel["warps"], kernel["shared"][self.arch], tuple(kernel["types"]), arguments
-        )
+        values = [places[place] + value if place else value for place, value in launch.arguments]
+        self._begin(launch.kernel, launch.grid, values)
 
-    def _skipped(self, entry: str, launch: Mapping[str, Any], places: Mapping[str, int]) -> bool:
-        if "guard" not in launch:
-            return False
+    def _start(self, role: str, grid: tuple[int, ...], values: list[Any]) -> None:
+        self._begin(self._roles[role], grid, values)
+
+    def _begin(self, number: int, grid: tuple[int, ...], values: list[Any]) -> None:
+        if number in self._hosted:
+            address, count = values
+            sum_over_ranks(self.device, address, count)
+            return
+        kernel, function = self.kernels[number], self._function(number)
+        shared, types = kernel["shared"][self.arch], tuple(kernel["types"])
+        self.device.launch(function, grid, kernel["warps"], shared, types, values)
+
+    def _skips(self, address: int) -> bool:
         flag = np.zeros(1, np.float32)
-        self.device.read(self._address(entry, launch["guard"], places), flag)
+        self.device.read(address, flag)
         return bool(flag[0] > 0)
-
-    def _argument(self, entry: str, argument: Any, places: Mapping[str, int], values: Mapping[str, int]) -> Any:
-        if not isinstance(argument, dict):
-            return argument if isinstance(argument, float) else evaluate(argument, values)
-        if "error" in argument:
-            return places["error"]
-        size = BYTES[self.entries[entry]["buffers"][argument["buffer"]]["dtype"]]
-        return self._address(entry, argument["buffer"], places) + size * evaluate(argument["offset"], values)
-
-    def _address(self, entry: str, name: str, places: Mapping[str, int]) -> int:
-        buffer = self.entries[entry]["buffers"][name]
-        if buffer["kind"] == "weight":
-            return self._weights[buffer["key"]]
-        return places[f"slot {buffer['slot']}" if buffer["kind"] == "arena" else f"{buffer['kind']} {buffer['key']}"]
 
     def _function(self, number: int) -> Any:
         if number not in self._functions:
@@ -169,9 +262,19 @@ class GpuRunner:
             self._functions[number] = made
         return self._functions[number]
 
-    def _require_no_error(self, flag: int) -> None:
+    def _settle(self) -> None:
+        """Wait for the work so far; `InputError` for what kernels reported since the last time."""
         found = np.zeros(2, np.int64)
-        self.device.read(flag, found)
+        with self._lock:
+            if not self._room:
+                return
+            self.device.read(self._places[ERROR], found)
+            self._raise(found)
+
+    def _raise(self, found: Array) -> None:
+        """What kernels reported, which is forgotten with that."""
+        if found[0]:
+            self.device.clear(self._places[ERROR], FLAG)
         if found[0] == ZERO_DIVISOR:
             raise InputError("an integer was divided by zero", hint="look for zeros among the integer inputs")
         if found[0]:
@@ -181,9 +284,14 @@ class GpuRunner:
             )  # fmt: skip
 
     def close(self) -> None:
-        for address in [*self._weights.values(), *(address for address, _ in self._room.values())]:
-            self.device.release(address)
-        self._weights, self._room = {}, {}
+        """Give memory back; what outputs and states still hold goes with them."""
+        with self._lock:
+            self.graphs.clear()
+            self.choices.clear()
+            self._ahead.take("", {}, None)
+            self._room.clear()
+            self.heap.close()
+            self.device.close()
 
 
 def built_for(device: str, archs: tuple[str, ...]) -> str:
@@ -221,24 +329,3 @@ def load(folder: Path, manifest: Manifest, threads: int | None = None) -> GpuRun
     except Unsupported as cause:
         return NoDevice(manifest, cause)
     return GpuRunner(folder, manifest, device)
-
-
-def _require_addressable(name: str, elements: int) -> None:
-    """Kernels count in 32 bits; of memory between kernels every byte counts as one."""
-    if elements > LIMIT:
-        raise InputError(
-            f"{name} has {elements} elements, kernels on GPUs address at most {LIMIT}",
-            hint="use a smaller batch or a shorter length",
-        )
-
-
-def _fits(when: Any, values: Mapping[str, int]) -> bool:
-    return when is None or bool(when[1] <= evaluate(when[0], values) <= when[2])
-
-
-def _empty(shape: Any, dtype: str, values: Mapping[str, int]) -> Array:
-    return np.empty([evaluate(n, values) for n in shape], binding.DTYPES.get(dtype, dtype))
-
-
-def _padded(nbytes: int) -> int:
-    return max(ALIGNMENT, -(-nbytes // ALIGNMENT) * ALIGNMENT)

@@ -17,7 +17,7 @@ from sylvester.codegen.memory import ALIGNMENT
 
 DTYPES = {
     "f32": torch.float32, "f64": torch.float64, "i64": torch.int64, "i32": torch.int32, "i8": torch.int8,
-    "u8": torch.uint8, "b8": torch.uint8, "bf16": torch.bfloat16,
+    "u8": torch.uint8, "b8": torch.uint8, "bf16": torch.bfloat16, "f16": torch.float16, "fp8": torch.float8_e4m3fn,
 }  # fmt: skip
 
 
@@ -65,6 +65,8 @@ class Simulated:
         return flat.bool() if buffer.dtype == "b8" else flat
 
     def _launch(self, launch: Launch) -> None:
+        if not launch.kernel.text:
+            return
         names = list(launch.kernel.types)
         given = {name: self._argument(a) for name, a in zip(names, launch.arguments, strict=True)}
         grid = tuple(self.number(n) for n in launch.grid)

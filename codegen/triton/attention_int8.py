@@ -71,10 +71,12 @@ def pack(
 ):  # fmt: skip
     """For each key head of the batch, keys8 [room, BLOCK_D], key_scales [room], values8 [BLOCK_DV, room] of sizes up to
     LARGEST, and channels [BLOCK_D + 2 BLOCK_DV]: the mean of keys, the mean and the scale of values. Zeros past the
-    keys, of which there is room for a multiple of 128."""
+    keys up to a multiple of 128, nothing past that."""
     first, group = tl.program_id(0) * N, tl.program_id(1).to(tl.int64)
     batch, head = group // kv_heads, group % kv_heads
     limit = keys_held(past, rows, keys, PAST)
+    if first >= tl.cdiv(tl.maximum(limit, 1), 128) * 128:
+        return
     d, e, n, s = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV), tl.arange(0, N), tl.arange(0, PARTS)
     at = parts + (group * PARTS + s)[:, None] * (BLOCK_D + 3 * BLOCK_DV)
     count = tl.maximum(limit, 1).to(tl.float32)

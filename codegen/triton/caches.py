@@ -57,11 +57,21 @@ def write4(place, x, keep, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.cons
 
 @triton.jit
 def kv_update(
-    cache, x, past, total, heads, rows, keys, cache_batch, cache_head, cache_row, x_batch, x_head, x_row,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STORED: tl.constexpr,
+    cache, other_cache, x, other_x, past, total, heads, rows, keys, cache_batch, cache_head, cache_row,
+    x_batch, other_x_batch, x_head, other_x_head, x_row, other_x_row,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STORED: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
-    """Row i of x [batch, heads, rows, D], `total` in all, becomes row *past + i of the cache, which has `keys`."""
-    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """Row i of x [batch, heads, rows, D], `total` in all, becomes row *past + i of the cache, which has `keys`.
+
+    PAIRED: as many programs after those do the same with the other x and cache.
+    """
+    program = tl.program_id(0)
+    if PAIRED:
+        first = tl.cdiv(total, ROWS)
+        if program >= first:
+            program, cache, x = program - first, other_cache, other_x
+            x_batch, x_head, x_row = other_x_batch, other_x_head, other_x_row
+    r = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     batch, head, row = r // rows // heads, r // rows % heads, r % rows
     at = tl.load(past) + row
     keep = (r < total) & (at >= 0) & (at < keys)

@@ -24,17 +24,17 @@ def by_groups(a, w, scales, c, start, k, acc, GROUP: tl.constexpr, LANES: tl.con
 
 
 @triton.jit
-def gemv(
-    x, w, up, y, scales, up_scales, x_scales, norm_weight, norm_bias, bias, up_bias, residual,
+def columns(
+    program, x, w, up, y, scales, up_scales, x_scales, norm_weight, norm_bias, bias, up_bias, residual,
     m, n, k, x_row, w_row, y_row, residual_row, eps,
     BITS: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, TYPE: tl.constexpr,
     NORM: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, ROUND: tl.constexpr, MOST: tl.constexpr,
     BIASED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, EVEN: tl.constexpr,
     SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """A program BLOCK_N columns of y and part of k, for all m <= ROWS rows."""
+    """BLOCK_N columns of y and part of k, for all m <= ROWS rows."""
     r = tl.arange(0, ROWS)
-    c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = program * BLOCK_N + tl.arange(0, BLOCK_N)
     r_in, c_in = tl.minimum(r, m - 1), tl.minimum(c, n - 1)
     x_at, w_at = r_in.to(tl.int64) * x_row, c_in.to(tl.int64) * w_row
     mean, factor, scale = prologue(
@@ -67,4 +67,53 @@ def gemv(
     emit(
         y, g, u, bias, up_bias, residual, r, c, m, n, y_row, residual_row,
         BIASED, ACTIVATION, GATED, ADDED, SPLITS,
+    )  # fmt: skip
+
+
+@triton.jit
+def gemv(
+    x, w, up, y, scales, up_scales, x_scales, norm_weight, norm_bias, bias, up_bias, residual,
+    m, n, k, x_row, w_row, y_row, residual_row, eps,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, TYPE: tl.constexpr,
+    NORM: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, ROUND: tl.constexpr, MOST: tl.constexpr,
+    BIASED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, EVEN: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """A program BLOCK_N columns of y and part of k."""
+    columns(
+        tl.program_id(0), x, w, up, y, scales, up_scales, x_scales, norm_weight, norm_bias, bias, up_bias, residual,
+        m, n, k, x_row, w_row, y_row, residual_row, eps, BITS, GROUP, SCALED, TYPE, NORM, WEIGHTED, SHIFTED, ROUND,
+        MOST, BIASED, ACTIVATION, GATED, ADDED, EVEN, SPLITS, ROWS, BLOCK_N, BLOCK_K, LANES,
+    )  # fmt: skip
+
+
+@triton.jit
+def gemv_group(
+    x, w, w_b, w_c, up, y, y_b, y_c, scales, scales_b, scales_c, up_scales, x_scales, norm_weight, norm_bias,
+    bias, bias_b, bias_c, up_bias, residual, m, n, n_b, n_c, k, x_row, w_row, y_row, residual_row, eps,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, TYPE: tl.constexpr,
+    NORM: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, ROUND: tl.constexpr, MOST: tl.constexpr,
+    BIASED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, EVEN: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """`gemv` of two or three weights over the same rows, one after another; y has no columns in between."""
+    program = tl.program_id(0)
+    second = tl.cdiv(n, BLOCK_N)
+    third = second + tl.cdiv(n_b, BLOCK_N)
+    if program >= third:
+        program, w, y, n = program - third, w_c, y_c, n_c
+        if SCALED:
+            scales = scales_c
+        if BIASED:
+            bias = bias_c
+    elif program >= second:
+        program, w, y, n = program - second, w_b, y_b, n_b
+        if SCALED:
+            scales = scales_b
+        if BIASED:
+            bias = bias_b
+    columns(
+        program, x, w, up, y, scales, up_scales, x_scales, norm_weight, norm_bias, bias, up_bias, residual,
+        m, n, k, x_row, w_row, n, residual_row, eps, BITS, GROUP, SCALED, TYPE, NORM, WEIGHTED, SHIFTED, ROUND,
+        MOST, BIASED, ACTIVATION, GATED, ADDED, EVEN, SPLITS, ROWS, BLOCK_N, BLOCK_K, LANES,
     )  # fmt: skip

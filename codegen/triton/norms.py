@@ -1,4 +1,4 @@
-"""Norms and softmax of contiguous rows [rows, n]."""
+"""Norms and softmax of rows [rows, n], contiguous but for those that a norm reads."""
 
 import triton
 import triton.language as tl
@@ -6,11 +6,12 @@ import triton.language as tl
 
 @triton.jit
 def norm(
-    y, total, x, other, weight, bias, rows, n, eps,
+    y, total, x, other, weight, bias, rows, n, x_row, eps,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr, SUMMED: tl.constexpr, WEIGHTED: tl.constexpr,
     BIASED: tl.constexpr,
 ):  # fmt: skip
-    """y = rms_norm(x) * weight, or CENTRED layer_norm(x) * weight + bias; a row fits in BLOCK.
+    """y = rms_norm(x) * weight, or CENTRED layer_norm(x) * weight + bias; a row fits in BLOCK, those of x are `x_row`
+    apart.
 
     SUMMED: of x + other, rounded to the type of `total`, into which it goes as well.
     """
@@ -18,7 +19,7 @@ def norm(
     d = tl.arange(0, BLOCK)[None, :]
     inside = (r < rows) & (d < n)
     at = r * n + d
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + r * x_row + d, mask=inside, other=0.0).to(tl.float32)
     if SUMMED:
         value += tl.load(other + at, mask=inside, other=0.0).to(tl.float32)
         narrow = value.to(total.dtype.element_ty)

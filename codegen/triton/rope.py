@@ -6,15 +6,25 @@ import triton.language as tl
 
 @triton.jit
 def rope(
-    y, x, cos, sin, total, heads, rows, y_batch, y_head, y_row, x_batch, x_head, x_row, angle_batch, angle_row,
+    y, other_y, x, other_x, cos, sin, total, other_total, heads, other_heads, rows, y_batch, other_y_batch,
+    y_head, other_y_head, y_row, other_y_row, x_batch, other_x_batch, x_head, other_x_head, x_row, other_x_row,
+    angle_batch, angle_row,
     D: tl.constexpr, ROTARY: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, INTERLEAVED: tl.constexpr,
-    PAIRED: tl.constexpr,
+    HALVED: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     """y of x [batch, heads, rows, D], `total` rows in all; features past ROTARY are copied. y is not x.
 
-    cos and sin [batch, rows, ...] hold an angle a feature, or PAIRED an angle a pair.
+    cos and sin [batch, rows, ...] hold an angle a feature, or HALVED an angle a pair. PAIRED: programs after
+    those do the same with the other x, of as many rows a head.
     """
-    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    program = tl.program_id(0)
+    if PAIRED:
+        first = tl.cdiv(total, ROWS)
+        if program >= first:
+            program, y, x, total, heads = program - first, other_y, other_x, other_total, other_heads
+            y_batch, y_head, y_row = other_y_batch, other_y_head, other_y_row
+            x_batch, x_head, x_row = other_x_batch, other_x_head, other_x_row
+    r = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     batch, head, row = r // rows // heads, r // rows % heads, r % rows
     d = tl.arange(0, BLOCK_D)
     if INTERLEAVED:
@@ -30,7 +40,7 @@ def rope(
     source = x + (batch * x_batch + head * x_head + row * x_row)[:, None]
     value = tl.load(source + d[None, :], mask=inside, other=0.0).to(tl.float32)
     other = tl.load(source + partner[None, :], mask=turning, other=0.0).to(tl.float32)
-    angle = (batch * angle_batch + row * angle_row)[:, None] + (pair if PAIRED else d)[None, :]
+    angle = (batch * angle_batch + row * angle_row)[:, None] + (pair if HALVED else d)[None, :]
     c = tl.load(cos + angle, mask=turning, other=1.0).to(tl.float32)
     s = tl.load(sin + angle, mask=turning, other=0.0).to(tl.float32)
     out = value * c + tl.where(first[None, :], -other, other) * s

@@ -79,7 +79,7 @@ def row_scales(
 
 @triton.jit
 def quantize_rows(
-    x, numbers, scales, norm_weight, norm_bias, m, k, x_row, numbers_row, eps,
+    x, numbers, scales, step, norm_weight, norm_bias, m, k, x_row, numbers_row, eps,
     NORM: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr,
     EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -98,17 +98,17 @@ def quantize_rows(
         factor = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / k + eps)
     v = normalised(v, j, k, mean, factor, norm_weight, norm_bias, NORM, WEIGHTED, SHIFTED, EVEN)
     if STEP:
-        scale = tl.zeros((ROWS,), tl.float32) + tl.load(scales)
+        scale = tl.zeros((ROWS,), tl.float32) + tl.load(step)
     else:
         scale = tl.div_rn(tl.max(tl.abs(v), 1), tl.full((ROWS,), MOST, tl.float32))
-        tl.store(scales + r, scale, inside)
+    tl.store(scales + r, scale, inside)
     place = numbers + (r * numbers_row)[:, None] + j[None, :]
     tl.store(place, to_numbers(v, scale, MOST), inside[:, None] & (j[None, :] < k))
 
 
 @triton.jit
 def quantize_long_rows(
-    x, numbers, scales, norm_weight, norm_bias, m, k, x_row, numbers_row, eps,
+    x, numbers, scales, step, norm_weight, norm_bias, m, k, x_row, numbers_row, eps,
     NORM: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr,
     EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -120,10 +120,10 @@ def quantize_long_rows(
     if NORM != "none":
         mean, factor = statistics(x, at, k, eps, NORM, BLOCK_K)
     if STEP:
-        scale = tl.zeros((ROWS,), tl.float32) + tl.load(scales)
+        scale = tl.zeros((ROWS,), tl.float32) + tl.load(step)
     else:
         scale = row_scales(x, at, k, mean, factor, norm_weight, norm_bias, NORM, WEIGHTED, SHIFTED, EVEN, BLOCK_K, MOST)
-        tl.store(scales + r, scale)
+    tl.store(scales + r, scale)
     for start in range(0, k, BLOCK_K):
         v = float_tile(x, at, start, k, mean, factor, norm_weight, norm_bias, NORM, WEIGHTED, SHIFTED, EVEN, BLOCK_K)
         j = start + tl.arange(0, BLOCK_K)

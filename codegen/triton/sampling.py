@@ -1,7 +1,16 @@
-"""The next token from logits [rows, n]: the best, or one drawn as `compiler/sampling.py` draws it on the host."""
+"""The next token from logits [rows, n]: the best, or one drawn as `compiler/sampling.py` draws it on the host.
+
+A row gets -1 - id where the host must choose: its best logit is no finite number, or another token came so close that
+rounding decides.
+"""
 
 import triton
 import triton.language as tl
+
+CLOSE = tl.constexpr(1e-4)
+"""Relative difference of weights, times and sums that rounding never exceeds."""
+FINITE = tl.constexpr(2139095040)
+"""Finite floats in order are below it, and above -1 - it."""
 
 
 @triton.jit
@@ -29,7 +38,8 @@ def best_parts(parts, x, n, stride, BLOCK: tl.constexpr, PARTS: tl.constexpr):
 @triton.jit
 def best_of_parts(ids, parts, PARTS: tl.constexpr):
     best = tl.max(tl.load(parts + tl.program_id(0) * PARTS + tl.arange(0, PARTS)), 0)
-    tl.store(ids + tl.program_id(0), 4294967295 - (best & 4294967295))
+    found, key = 4294967295 - (best & 4294967295), best >> 32
+    tl.store(ids + tl.program_id(0), tl.where((key < FINITE) & (key > -1 - FINITE), found, -1 - found))
 
 
 @triton.jit
@@ -95,50 +105,65 @@ def draw(
     x += tl.program_id(0).to(tl.int64) * stride
     seed = tl.load(uniform + tl.program_id(0))
     most = tl.full([BLOCK], float("-inf"), tl.float32)
+    wrong = tl.zeros([BLOCK], tl.int32)
     for first in range(0, n, BLOCK):
         _, value = logit_block(x, first, n, BLOCK)
         most = tl.maximum(most, value)
+        wrong = tl.maximum(wrong, ((value != value) | (value == float("inf"))).to(tl.int32))
     top = tl.max(most, 0)
     least = tl.cast(-2147483648, tl.int64)
     if KEPT:
         least = threshold(x, n, top, temperature, least, top_k.to(tl.float32), BLOCK, True)
-    edge, ties = least, 2147483647.0
+    lightest, sure, single = tl.zeros([], tl.float32), tl.zeros([], tl.float32), tl.zeros([], tl.float32)
     if NUCLEUS:
-        edge, ties = nucleus(x, n, top, temperature, least, top_p, BLOCK)
+        lightest, sure, single = nucleus(x, n, top, temperature, least, top_p, BLOCK)
     time = float("inf") + tl.zeros([], tl.float32)
+    later = time
     chosen = tl.zeros([], tl.int32)
-    before = tl.zeros([], tl.float32)
+    heaviness = tl.zeros([], tl.float32)
     for first in range(0, n, BLOCK):
         i, value = logit_block(x, first, n, BLOCK)
-        key = ordered(value).to(tl.int64)
-        tied = (key == edge) & (i < n)
-        keep = (key > edge) | (tied & (before + tl.cumsum(tied.to(tl.float32), 0) <= ties))
-        before += tl.sum(tied.to(tl.float32), 0)
-        if tl.max((keep & (i < n)).to(tl.int32), 0) > 0:
-            weight = tl.exp((value - top) / temperature)
-            arrival = tl.where(keep & (i < n), waits(i, seed) / weight, float("inf"))
+        weight = tl.exp((value - top) / temperature)
+        keep = (ordered(value) >= least) & (weight >= lightest) & (i < n)
+        if tl.max(keep.to(tl.int32), 0) > 0:
+            arrival = tl.where(keep, waits(i, seed) / weight, float("inf"))
             soonest = tl.min(arrival, 0)
             place = tl.min(tl.where(arrival == soonest, i, 2147483647), 0)
+            next_one = tl.min(tl.where(i == place, float("inf"), arrival), 0)
+            later = tl.minimum(tl.minimum(later, next_one), tl.maximum(time, soonest))
+            heaviness = tl.where(soonest < time, tl.sum(tl.where(i == place, weight, 0.0), 0), heaviness)
             chosen = tl.where(soonest < time, place, chosen)
             time = tl.minimum(time, soonest)
-    tl.store(ids + tl.program_id(0), chosen.to(tl.int64))
+    clear = (later > time * (1 + CLOSE)) & (top > float("-inf")) & (tl.max(wrong, 0) == 0)
+    if NUCLEUS:
+        clear = clear & (heaviness > tl.where(single > 0, sure * (1 - CLOSE), sure * (1 + CLOSE)))
+    found = chosen.to(tl.int64)
+    tl.store(ids + tl.program_id(0), tl.where(clear, found, -1 - found))
+
+
+@triton.jit
+def weight_of(key, top, temperature):
+    """The weight of a logit, given in order."""
+    key = tl.maximum(key, -1 - FINITE).to(tl.int32)
+    value = tl.where(key < 0, key ^ 2147483647, key).to(tl.float32, bitcast=True)
+    return tl.exp((value - top) / temperature)
 
 
 @triton.jit
 def nucleus(x, n, top, temperature, least, top_p, BLOCK: tl.constexpr):
-    """The lowest logit, in order, of the nucleus, and how many that are equal to it are part of it."""
+    """Lighter tokens are surely not in the nucleus; the lightest that surely are, and 1 where that is one token."""
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, n, BLOCK):
         _, value = logit_block(x, first, n, BLOCK)
         total += worth(value, top, temperature, least, False)
-    wanted = tl.sum(total, 0) * top_p
-    edge = threshold(x, n, top, temperature, least, wanted, BLOCK, False)
-    above = tl.zeros([BLOCK], tl.float32)
-    weight = tl.zeros([BLOCK], tl.float32)
+    mass = tl.sum(total, 0)
+    outer = threshold(x, n, top, temperature, least, mass * (top_p + CLOSE), BLOCK, False)
+    inner = threshold(x, n, top, temperature, least, tl.maximum(mass * (top_p - CLOSE), 1e-30), BLOCK, False)
+    sure = weight_of(inner, top, temperature)
+    alike = tl.zeros([BLOCK], tl.float32)
     for first in range(0, n, BLOCK):
         _, value = logit_block(x, first, n, BLOCK)
         w = worth(value, top, temperature, least, False)
-        key = ordered(value).to(tl.int64)
-        above += tl.where(key > edge, w, 0.0)
-        weight = tl.maximum(weight, tl.where(key == edge, w, 0.0))
-    return edge, tl.ceil((wanted - tl.sum(above, 0)) / tl.max(weight, 0))
+        alike += tl.where((w >= sure * (1 - CLOSE)) & (w <= sure * (1 + CLOSE)), 1.0, 0.0)
+    single = tl.where(tl.sum(alike, 0) == 1.0, 1.0, 0.0)
+    return weight_of(outer, top, temperature) * (1 - CLOSE), sure, single
