@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from sylvester.codegen.gpu_architectures import SHARED, stages_in_shared
 from sylvester.codegen.gpu_kernel import Constant, Kernel, text
 from sylvester.compiler.attention_operands import LISTED
 
@@ -17,8 +18,6 @@ BYTES = {"f32": 4, "bf16": 2, "f16": 2, "q8": 2, "q4": 3}
 QUERY_STRIDES = ("q_batch", "q_head", "q_row")
 KEY_STRIDES = ("k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row")
 SCALARS = {"scale": "fp32", "softcap": "fp32", "window": "i32"}
-SHARED = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024}
-"""Shared memory that a program may take."""
 FEW = {
     64: [(64, 4, 3), (128, 8, 3), (128, 4, 2), (32, 4, 3), (64, 2, 3), (32, 2, 2)],
     128: [(64, 8, 3), (32, 4, 3), (64, 4, 3), (64, 8, 2), (128, 8, 2), (32, 4, 2), (16, 4, 2)],
@@ -215,8 +214,8 @@ def _shared_bytes(form: Form, tiles: Tiles, arch: str) -> int:
     three = form.products == "f32"
     queries = tiles.rows * block(form.d) * BYTES[form.products]
     keys = tiles.keys * (block(form.d) + block(form.dv)) * BYTES[form.k]
-    stages = max(1, tiles.stages - (arch != "sm_90"))
-    return queries * (2 if three else 1) + keys * stages + (keys // 2 if three else 0) + mask_bytes(form, tiles)
+    held = keys * stages_in_shared(tiles.stages, arch)
+    return queries * (2 if three else 1) + held + (keys // 2 if three else 0) + mask_bytes(form, tiles)
 
 
 def mask_bytes(form: Form, tiles: Tiles) -> int:

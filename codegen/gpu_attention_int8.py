@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sylvester.codegen.gpu_architectures import SHARED, stages_in_shared
 from sylvester.codegen.gpu_attention import (
     KEY_STRIDES,
     POINTERS,
     QUERY_STRIDES,
     SCALARS,
-    SHARED,
     Form,
     Tiles,
     block,
@@ -114,5 +114,4 @@ def space(form: Form, values: str, arch: str) -> list[Tiles]:
 
 def _shared_bytes(form: Form, values: str, tiles: Tiles, arch: str) -> int:
     stage = tiles.keys * (block(form.d) + block(form.dv) * (1 if values == "fp8" else 2))
-    stages = max(1, tiles.stages - (arch != "sm_90"))
-    return tiles.rows * block(form.d) + stage * stages * 5 // 4 + mask_bytes(form, tiles)
+    return tiles.rows * block(form.d) + stage * stages_in_shared(tiles.stages, arch) * 5 // 4 + mask_bytes(form, tiles)

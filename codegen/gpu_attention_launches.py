@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from sylvester.codegen import gpu_attention, gpu_attention_int8
-from sylvester.codegen.gpu_attention import SHARED, Form, Tiles
+from sylvester.codegen.gpu_architectures import has_float8, smallest
+from sylvester.codegen.gpu_attention import Form, Tiles
 from sylvester.codegen.gpu_attention_int8 import PACKED_ROWS, PARTS, ROOM
 from sylvester.codegen.gpu_lowering import NO_LIMIT, Candidate, Given, GpuLowering, When, over
 from sylvester.codegen.gpu_matmul_space import PROCESSORS
@@ -112,7 +113,7 @@ def _splits(call: Call, queries: int) -> int:
 def _int8(lowering: GpuLowering, call: Call, when: When | None) -> None:
     """Keys and values are packed, then attended over (SageAttention2)."""
     form, groups = call.form, call.groups
-    values: Literal["fp8", "f16"] = "f16" if "sm_80" in lowering.archs else "fp8"
+    values: Literal["fp8", "f16"] = "fp8" if all(map(has_float8, lowering.archs)) else "f16"
     room, d, dv = over(call.keys, ROOM) * ROOM, gpu_attention.block(form.d), gpu_attention.block(form.dv)
     sizes = {
         "parts": (PARTS * index(d + 3 * dv), "f32"), "keys8": (room * d, "i8"), "key_scales": (room, "f32"),
@@ -131,8 +132,3 @@ def _int8(lowering: GpuLowering, call: Call, when: When | None) -> None:
 
     options = gpu_attention_int8.space(form, values, smallest(lowering.archs))
     lowering.tuned(options, candidate, given, (call.y,), when)
-
-
-def smallest(archs: Sequence[str]) -> str:
-    """The architecture with the least shared memory: tiles are chosen for all of them."""
-    return min(archs, key=lambda arch: SHARED[arch])

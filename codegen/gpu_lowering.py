@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from sylvester.codegen import attention_calls, low_bit, skipping  # noqa: F401  (register what takes bfloat16)
 from sylvester.codegen import dialect as _dialect  # noqa: F401
-from sylvester.codegen.gpu_attention import SHARED
+from sylvester.codegen.gpu_architectures import USUAL
 from sylvester.codegen.gpu_kernel import Kernel
 from sylvester.codegen.index import Index, index
 from sylvester.codegen.lazy import Extern, Lazy, Pointer
@@ -23,7 +23,6 @@ from sylvester.codegen.shapes import dtype_of, shape_of
 dialect = torch.ops.sylvester
 GPU_LOWERINGS: dict[Any, Lower] = {}
 Option = TypeVar("Option")
-ARCHITECTURES = tuple(SHARED)
 NO_LIMIT = 2**31 - 1
 Given = Pointer | Index | float
 When = tuple[Index, int, int]
@@ -72,7 +71,7 @@ class GpuLowering(Lowering):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.archs: Sequence[str] = ARCHITECTURES
+        self.archs: Sequence[str] = USUAL
         """Architectures that kernels must run on."""
         self.steady = False
         """Whether up to 16 tokens of a row, 64 in all, that are read together must have the bits of single ones."""

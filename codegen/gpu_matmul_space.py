@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from sylvester.codegen.gpu_architectures import SHARED
 from sylvester.codegen.gpu_matmul import BITS, Linear, Tile
 
 PROCESSORS = 108
 """Of an A100; an H100 has 132. Fewer programs leave some idle."""
-SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227}
-"""KiB of shared memory that a program may have."""
 MOST_SPLITS = 16
 LEAST_STEPS = 4
 """Of the depth that a part has."""
@@ -18,7 +17,7 @@ LEAST_STEPS = 4
 
 def tiles(linear: Linear, m: int, n: int, k: int, arch: str = "sm_80") -> tuple[Tile, ...]:
     """Of `kernel` for up to m rows."""
-    most = SHARED[arch] * 1024
+    most = SHARED[arch]
     guess = _guess(linear, m, n, k)
     first = next(t for s in (guess.stages, 2, 1) if shared_bytes(linear, t := replace(guess, stages=s)) <= most)
     shapes = [(a, b) for a in (16, 32, 64, 128) for b in (32, 64, 128, 256) if a <= 2 * first.m and a * b <= 128 * 256]

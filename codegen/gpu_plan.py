@@ -14,10 +14,11 @@ from sylvester.codegen import (  # noqa: F401  (register their lowerings)
     gpu_row_calls,
 )
 from sylvester.codegen.compile import hints_of, in_place
+from sylvester.codegen.gpu_architectures import USUAL
 from sylvester.codegen.gpu_fusions import fuse
 from sylvester.codegen.gpu_kernel import Kernel
 from sylvester.codegen.gpu_loops import loop_kernel
-from sylvester.codegen.gpu_lowering import ARCHITECTURES, GpuLowering, KernelCall, Others, When
+from sylvester.codegen.gpu_lowering import GpuLowering, KernelCall, Others, When
 from sylvester.codegen.gpu_pairs import pair_launches
 from sylvester.codegen.gpu_products import launch_steps
 from sylvester.codegen.index import Index, Size
@@ -79,12 +80,12 @@ def verifies(program: Program) -> bool:
     return DRAFT in program.info and not program.info[DRAFT].get("tree")
 
 
-def gpu_entries(program: Program, archs: Sequence[str] = ARCHITECTURES) -> dict[str, GpuEntry]:
+def gpu_entries(program: Program, archs: Sequence[str] = USUAL) -> dict[str, GpuEntry]:
     """Every entry for architectures that all run it; `Unsupported` names the ops that no kernel computes."""
     return {name: _entry(name, program, entry, archs) for name, entry in program.entries.items()}
 
 
-def _entry(name: str, program: Program, entry: Entry, archs: Sequence[str] = ARCHITECTURES) -> GpuEntry:
+def _entry(name: str, program: Program, entry: Entry, archs: Sequence[str] = USUAL) -> GpuEntry:
     lowering = GpuLowering(name, program, entry, NO_LAYERS)
     lowering.archs = archs
     lowering.steady = verifies(program) and name in {stage.entry for stage in stages_of(program.info)}

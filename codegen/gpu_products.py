@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sylvester.codegen import gpu_norms, gpu_rows
-from sylvester.codegen.gpu_attention_launches import smallest
+from sylvester.codegen.gpu_architectures import smallest
 from sylvester.codegen.gpu_lowering import NO_LIMIT, Candidate, Given, GpuLowering, When, over
 from sylvester.codegen.gpu_matmul import (
     APART,

@@ -135,7 +135,7 @@ API int cuDeviceGet(int *device, int n) { *device = n; return n < devices ? 0 : 
 API int cuDeviceGetAttribute(int *value, int which, int device)
 {
     REQUIRE(device < devices, 101);
-    *value = which == 75 ? 9 : which == 76 ? 0 : which == 115 ? pools : -1;
+    *value = which == 75 ? 9 : which == 76 ? 0 : which == 115 ? pools : which == 97 ? 227 * 1024 : -1;
     return *value < 0;
 }
 API int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &depth; return device < devices ? 0 : 101; }

@@ -101,6 +101,15 @@ def test_a_device_that_the_artefact_has_no_code_for(artefact, arch):
 def test_cubins_serve_later_devices_of_their_version():
     assert runtime.built_for("sm_86", ("sm_80", "sm_89", "sm_90")) == "sm_80"
     assert runtime.built_for("sm_89", ("sm_80", "sm_89")) == "sm_89"
+    assert runtime.built_for("sm_120", ("sm_90", "sm_120", "sm_100")) == "sm_120"
+
+
+@pytest.mark.parametrize(
+    ("device", "hint"), [("sm_100", r"compile again with .*'sm_100'"), ("sm_103", "code can be built for .*'sm_120'")]
+)
+def test_code_of_hopper_and_later_is_for_one_architecture(device, hint):
+    with pytest.raises(Unsupported, match=rf"the device is {device}\n.*{hint}"):
+        runtime.built_for(device, ("sm_90", "sm_100") if device == "sm_103" else ("sm_90",))
 
 
 def test_without_a_driver_an_artefact_says_so(artefact, monkeypatch):

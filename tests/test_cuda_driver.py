@@ -156,6 +156,11 @@ def test_code_that_the_driver_does_not_take(fake, image):
         gpu.function(image, "best_of_parts", 0)
 
 
+def test_code_that_takes_more_shared_memory_than_the_device_has(fake, image):
+    with pytest.raises(Unsupported, match=r"best\.cubin takes 240000 bytes of shared memory, sm_90 has 232448"):
+        fake.gpu().function(image, "best_of_parts", 240_000)
+
+
 def test_a_driver_without_a_device(monkeypatch):
     Fake(devices=0)
     monkeypatch.setattr(driver_module, "LIBRARY", str(library()))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sylvester.backends.cuda.compile import ARCHITECTURES, build
+from sylvester.backends.cuda.compile import build
+from sylvester.codegen.gpu_architectures import SHARED
 from sylvester.codegen.gpu_attention import (
-    SHARED,
     Form,
     Tiles,
     ancestry,
@@ -202,7 +202,7 @@ def test_the_same_bits_every_time():
 @pytest.mark.parametrize("products", ["f32", "bf16"])
 def test_tiles_for_every_architecture(d, products):
     form = Form(d, d, 4, products=products)
-    for arch in ARCHITECTURES:
+    for arch in SHARED:
         few, many = (space(form, rows, arch) for rows in (1, 512))
         assert all(tiles.rows == 16 for tiles in few[:-2])
         assert len(set(few)) == len(few) <= 12
@@ -264,7 +264,7 @@ EVERY = [
 @pytest.mark.nightly
 @pytest.mark.parametrize("form", EVERY, ids=str)
 @pytest.mark.parametrize("rows", [1, 512])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", SHARED)
 def test_machine_code_of_all_tiles(form, rows, arch):
     assert space(form, rows, arch)
     for tiles in space(form, rows, arch):

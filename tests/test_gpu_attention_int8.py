@@ -7,7 +7,8 @@ import torch
 
 from sylvester.backends.cuda.compile import build
 from sylvester.codegen import gpu_attention_int8 as family
-from sylvester.codegen.gpu_attention import SHARED, Form, Tiles, grid
+from sylvester.codegen.gpu_architectures import SHARED
+from sylvester.codegen.gpu_attention import Form, Tiles, grid
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.ops import attention
 from sylvester.compiler.quantized_ops import attention_int8
@@ -135,6 +136,7 @@ def test_caches_and_masks():
 
 
 ARITHMETIC = [("sm_80", "f16"), ("sm_89", "fp8"), ("sm_90", "fp8")]
+LATER = [("sm_86", "f16"), ("sm_100", "fp8"), ("sm_120", "fp8")]
 
 
 @pytest.mark.parametrize(("arch", "values"), ARITHMETIC)
@@ -157,7 +159,7 @@ def test_float8_needs_sm_89():
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("arch", "values"), ARITHMETIC)
+@pytest.mark.parametrize(("arch", "values"), ARITHMETIC + LATER)
 @pytest.mark.parametrize("d", [64, 128])
 def test_machine_code_of_all_tiles(d, arch, values):
     form = Form(d, d, 4, windowed=True, capped=True, mask="bool", past=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sylvester.backends.cuda.compile import ARCHITECTURES, build
-from sylvester.codegen.gpu_attention import SHARED, Form, kernel, space
+from sylvester.backends.cuda.compile import build
+from sylvester.codegen.gpu_architectures import SHARED
+from sylvester.codegen.gpu_attention import Form, kernel, space
 from sylvester.codegen.gpu_caches import APART, grid, kv_update
 from sylvester.codegen.gpu_kernel import paired
 from sylvester.compiler import cache_ops, ops
@@ -96,7 +97,7 @@ def test_machine_code(stored, arch):
 @pytest.mark.nightly
 @pytest.mark.parametrize("stored", ["q4", "q8"])
 @pytest.mark.parametrize("products", ["bf16", "f32"])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", SHARED)
 def test_machine_code_of_attention_over_records(stored, products, arch):
     form = Form(128, 128, 4, k=stored, v=stored, past=True, products=products)
     for tiles in space(form, 1, arch):

@@ -183,8 +183,8 @@ def test_what_multiplies_on_gpus(monkeypatch):
     assert arithmetic("int4", first) == "int8 products of Triton (sm_80)"
     assert arithmetic("fp8", first) == "simulated in float32: GPUs of sm_80 do not multiply fp8"
     assert arithmetic("int8", second) == "simulated in float32: a GPU of capability 7.5, kernels are for 8.0 and later"
-    assert [training._architecture(c) for c in ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0))] == [
-        *("sm_80", "sm_80", "sm_89", "sm_90", "sm_90")
+    assert [training._architecture(c) for c in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 3), (12, 1))] == [
+        *("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
     ]
     with pytest.raises(Unsupported, match=r"a GPU of capability 7\.5"):
         training._architecture((7, 5))

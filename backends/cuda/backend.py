@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from sylvester.backends.base import Backend
 from sylvester.backends.cpu import require_float32
 from sylvester.backends.cuda.choice import PLAIN, TOP_K, TOP_P
-from sylvester.backends.cuda.compile import ARCHITECTURES, Cubin, build
+from sylvester.backends.cuda.compile import Cubin, build
 from sylvester.backends.cuda.modules import require_triton
 from sylvester.backends.cuda.plan_file import StoredKernel, described
 from sylvester.backends.cuda.runtime import FILE, VERSION
@@ -23,6 +23,7 @@ from sylvester.backends.packed_weights import stored_tensors
 from sylvester.backends.signature import manifest
 from sylvester.backends.tensor_writer import Deferred, write_tensors
 from sylvester.codegen.compile import hints_of
+from sylvester.codegen.gpu_architectures import SHARED, USUAL
 from sylvester.codegen.gpu_kernel import Kernel
 from sylvester.codegen.gpu_norms import best, draw
 from sylvester.codegen.gpu_plan import GpuEntry, gpu_entries, verifies
@@ -38,7 +39,7 @@ TREES = "generation drafts nothing: attention over trees of drafts rounds otherw
 
 
 class Cuda(Backend):
-    """`Target.arch` chooses one architecture, such as "sm_90"; by default there are cubins for all of them."""
+    """`Target.arch` chooses one architecture, such as "sm_90"; by default there are cubins for `USUAL`."""
 
     name: ClassVar[str] = "cuda"
     tunes: ClassVar[bool] = True
@@ -76,12 +77,12 @@ class Cuda(Backend):
 
 def architectures(target: Target) -> tuple[str, ...]:
     """Those that are built for; `CompileError` for one that is not known."""
-    if target.arch and target.arch not in ARCHITECTURES:
+    if target.arch and target.arch not in SHARED:
         raise CompileError(
-            f"the target cuda is built for {list(ARCHITECTURES)}, found arch={target.arch!r}",
-            hint="a cubin of sm_80 runs on every 8.x, one of sm_90 on Hopper",
+            f"the target cuda is built for {list(SHARED)}, found arch={target.arch!r}",
+            hint="sm_80 is A100, sm_86 RTX 30, sm_89 RTX 40 and L4, sm_90 H100, sm_100 B200, sm_120 RTX 50",
         )
-    return (target.arch,) if target.arch else ARCHITECTURES
+    return (target.arch,) if target.arch else USUAL
 
 
 def choosing() -> dict[str, Kernel]:

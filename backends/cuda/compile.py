@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sylvester.backends.cuda.modules import load, require_triton
+from sylvester.codegen.gpu_architectures import SHARED
 from sylvester.codegen.gpu_kernel import Kernel
 from sylvester.compiler.errors import CompileError
 
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90")
-"""Ampere, Ada and Hopper; a cubin runs on its own architecture only, and on later ones of the same major version."""
 WARP = 32
 
 
@@ -26,10 +25,10 @@ class Cubin:
 
 
 def build(kernel: Kernel, arch: str) -> Cubin:
-    """`CompileError` for an architecture that is not among `ARCHITECTURES`, a kernel that Triton refuses, or types in
+    """`CompileError` for an architecture that is not among `SHARED`, a kernel that Triton refuses, or types in
     another order than arguments are passed in."""
-    if arch not in ARCHITECTURES:
-        raise CompileError(f"found the architecture {arch!r}, expected one of {list(ARCHITECTURES)}")
+    if arch not in SHARED:
+        raise CompileError(f"found the architecture {arch!r}, expected one of {list(SHARED)}")
     compiled = _compiled(kernel, arch)
     if compiled.metadata.global_scratch_size:
         raise CompileError(f"the kernel {kernel.function} asks for scratch memory, which is not given")

@@ -14,8 +14,9 @@ from sylvester.compiler.errors import CompileError, Unsupported
 
 Array = NDArray[np.generic]
 LIBRARY = "libcuda.so.1"
-MAJOR, MINOR, POOLS = 75, 76, 115
-"""Attributes of a device: its compute capability, and whether memory can be taken in the order of a stream."""
+MAJOR, MINOR, POOLS, MOST_SHARED = 75, 76, 115, 97
+"""Attributes of a device: its compute capability, whether memory can be taken in the order of a stream, and the most
+shared memory of a launch."""
 DYNAMIC_SHARED = 8
 """Attribute of a function: the most bytes of shared memory that a launch may ask for."""
 USUAL_SHARED = 48 * 1024
@@ -77,6 +78,7 @@ class Gpu:
         self._stream = self._handle("cuStreamCreate", NON_BLOCKING)
         self._event = self._handle("cuEventCreate", UNTIMED)
         self._pool = self._made_pool(device) if self._attribute(POOLS, device) else None
+        self._most_shared = self._attribute(MOST_SHARED, device)
 
     @property
     def stream(self) -> int:
@@ -186,6 +188,11 @@ class Gpu:
         self._do("cuMemcpy2DAsync_v2", ctypes.byref(what), self._stream)
 
     def function(self, image: Path, name: str, shared: int) -> Any:
+        if shared > self._most_shared:
+            raise Unsupported(
+                f"the kernel {name} of {image.name} takes {shared} bytes of shared memory, {self.arch} has "
+                f"{self._most_shared}", hint=f"compile again with sv.Target('cuda', arch={self.arch!r})",
+            )  # fmt: skip
         try:
             module = self._handle("cuModuleLoadData", image.read_bytes())
             function = self._handle("cuModuleGetFunction", module, name.encode())

@@ -21,6 +21,7 @@ from sylvester.backends.cuda.graphs import Graphs
 from sylvester.backends.cuda.memory import DeviceArray, Heap, Memory, padded, stepped
 from sylvester.backends.cuda.prediction import require_memory
 from sylvester.backends.tensor_file import TensorFile
+from sylvester.codegen.gpu_architectures import SHARED, number_of, runs
 from sylvester.compiler import binding
 from sylvester.compiler.device_arrays import Foreign
 from sylvester.compiler.errors import ArtefactError, CompileError, InputError, Unsupported
@@ -295,15 +296,16 @@ class GpuRunner:
 
 
 def built_for(device: str, archs: tuple[str, ...]) -> str:
-    """The newest cubin that the device runs: of its major version, and not later than it."""
-    number = int(device.removeprefix("sm_"))
-    fitting = [a for a in archs if int(a[3:]) // 10 == number // 10 and int(a[3:]) <= number]
+    """The newest architecture of an artefact that the device runs code of."""
+    fitting = [arch for arch in archs if runs(device, arch)]
     if not fitting:
         raise Unsupported(
             f"this artefact has code for {list(archs)}, the device is {device}",
-            hint=f"compile again with sv.Target('cuda', arch={device!r}) where Triton knows it",
+            hint=f"compile again with sv.Target('cuda', arch={device!r})"
+            if device in SHARED
+            else f"code can be built for {list(SHARED)}",
         )
-    return max(fitting)
+    return max(fitting, key=number_of)
 
 
 @dataclass(frozen=True)

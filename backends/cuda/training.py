@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from sylvester.backends.cuda.modules import load, require_triton
+from sylvester.codegen.gpu_architectures import has_float8, nearest
 from sylvester.codegen.gpu_kernel import Kernel
 from sylvester.codegen.gpu_matmul import DEEPEST, Linear, grid, kernel
 from sylvester.codegen.gpu_matmul_space import tiles
 from sylvester.compiler.errors import CompileError, ToolchainMissing, Unsupported
 
 Launch = Callable[[Kernel, tuple[int, ...], Mapping[str, Any]], None]
-ARCHITECTURES = {"sm_90": (9, 0), "sm_89": (8, 9), "sm_80": (8, 0)}
-"""Architectures that tiles are known for, and the least capability that each stands for."""
 TYPES = {torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"}
 
 
@@ -27,7 +26,7 @@ class Products:
 
     def __init__(self, arch: str, launch: Launch) -> None:
         self.variant, self._launch = arch, launch
-        self.formats = ("int8", "int4") if arch == "sm_80" else ("int8", "int4", "fp8")
+        self.formats = ("int8", "int4", "fp8") if has_float8(arch) else ("int8", "int4")
 
     def product(self, a: Tensor, b: Tensor, scale: Tensor) -> Tensor | None:
         """scale * (a b) in float32 of a [m, k] and b [k, n]."""
@@ -66,7 +65,7 @@ def products(device: int) -> Products | CompileError:
 
 
 def _architecture(capability: tuple[int, int]) -> str:
-    found = next((name for name, least in ARCHITECTURES.items() if capability >= least), None)
+    found = nearest(capability)
     if found is None:
         raise Unsupported(f"a GPU of capability {capability[0]}.{capability[1]}, kernels are for 8.0 and later")
     return found

@@ -16,9 +16,9 @@ import torch
 import sylvester as sv
 from benchmarks.measure import seconds
 from sylvester.backends.cuda import backend, emulated, runtime
-from sylvester.backends.cuda.compile import ARCHITECTURES
 from sylvester.backends.cuda.device import Device
 from sylvester.backends.cuda.driver import first_device
+from sylvester.codegen.gpu_architectures import SHARED
 from sylvester.compiler.compiled import Compiled
 from sylvester.compiler.manifest import read
 
@@ -39,7 +39,7 @@ class Machine:
     @property
     def arch(self) -> str:
         """The newest architecture that code is built for and the device runs."""
-        return runtime.built_for(self.device.arch, ARCHITECTURES)
+        return runtime.built_for(self.device.arch, tuple(SHARED))
 
     def compile(self, model: Any, **options: Any) -> Compiled:
         """For the architecture of the device alone, so that tiles may be tuned for it."""
