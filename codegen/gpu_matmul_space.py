@@ -13,6 +13,12 @@ PROCESSORS = 108
 MOST_SPLITS = 16
 LEAST_STEPS = 4
 """Of the depth that a part has."""
+LINE = 512
+"""Neighbouring bytes of a row that a warp reads at a time."""
+RESIDENT = 8
+"""Programs without tensor cores that a processor runs at once, about."""
+IN_FLIGHT = 32 << 10
+"""Bytes that a processor has asked for at a time where memory is busy: 3.35 TB/s take 18 KB at 700 ns of latency."""
 
 
 def tiles(linear: Linear, m: int, n: int, k: int, arch: str = "sm_80") -> tuple[Tile, ...]:
@@ -31,15 +37,26 @@ def tiles(linear: Linear, m: int, n: int, k: int, arch: str = "sm_80") -> tuple[
     return _distinct(tile for tile in found if shared_bytes(linear, tile) <= most)
 
 
-def gemv_tiles(linear: Linear, n: int, k: int) -> tuple[Tile, ...]:
-    """Of `gemv`: a warp reads 512 neighbouring bytes of a row at a time."""
-    step = min(512 * 8 // BITS[linear.weight], 1 << max(5, (k - 1).bit_length()))
-    step = step if linear.weight != "i3" else min(1024, 1 << max(5, (k - 1).bit_length()))
+def gemv_tiles(linear: Linear, m: int, n: int, k: int) -> tuple[Tile, ...]:
+    """Of `gemv` for m rows of x."""
     rows = next((r for r in (8, 4) if n >= r * 4 * PROCESSORS), 2)
-    splits = 1 if n >= rows * PROCESSORS else _parts(PROCESSORS * rows // max(1, n), k // step)
+    whole = 1 << max(5, (k - 1).bit_length())
+    least = min(LINE * 8 // BITS[linear.weight] if linear.weight != "i3" else 1024, whole)
+    splits = 1 if n >= rows * PROCESSORS else _parts(PROCESSORS * rows // max(1, n), k // least)
+    step = least * _lines(linear, m, rows, n, k // splits // least)
     first = Tile(1, rows, step, 4, 2, splits)
-    others = (replace(first, n=r, warps=w, k=s) for r in (2, 4, 8, 16) for w in (2, 4, 8) for s in {step, step // 2})
+    depths = dict.fromkeys((step, least, max(32, least // 2), min(2 * step, whole)))
+    others = (replace(first, n=r, warps=w, k=s) for s in depths for r in (2, 4, 8, 16) for w in (2, 4, 8))
     return _distinct((first, *(replace(first, splits=s) for s in (1, 2, 4)), *others))
+
+
+def _lines(linear: Linear, m: int, rows: int, n: int, there: int) -> int:
+    """How many lines of a row are read at once: all that there are in the depth is a multiple of it, and a processor
+    waits for as much as hides the latency of memory, unless registers run out, as they do for several rows of x."""
+    programs = max(1, min(RESIDENT, n // (rows * PROCESSORS)))
+    most = 1 if m > 1 or linear.weight == "i3" else 2 if linear.gated else 4
+    fitting = [lines for lines in (1, 2, 4) if lines <= most and there % lines == 0]
+    return next((lines for lines in fitting if lines * LINE * rows * programs >= IN_FLIGHT), max(fitting))
 
 
 def shared_bytes(linear: Linear, tile: Tile) -> int:

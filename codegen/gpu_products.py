@@ -88,7 +88,7 @@ class _Launches:
     def _together(self, run: Sequence[GpuProduct], when: When) -> bool:
         """One launch for all products of a run; none where programs should share the depth."""
         first, n = run[0], [index(step.n) for step in run]
-        options = gemv_tiles(first.form, sum(step.n for step in run), first.k)
+        options = gemv_tiles(first.form, when[2], sum(step.n for step in run), first.k)
         if len(run) == 1 or options[0].splits > 1:
             return False
         given = {**_arguments(first), **{f"{name}_{way}": index(0) for name in APART for way in WAYS}}
@@ -111,7 +111,7 @@ class _Launches:
             made = gemv(step.form, tile, when[2], step.k)
             return Candidate(made, (over(index(step.n), tile.n), index(tile.splits)))
 
-        self._tiled(step, when, gemv_tiles(step.form, step.n, step.k), candidate)
+        self._tiled(step, when, gemv_tiles(step.form, when[2], step.n, step.k), candidate)
 
     def _many(self, step: GpuProduct, when: When) -> None:
         if step.form.rounding in ("rows", "step"):

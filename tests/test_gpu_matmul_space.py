@@ -35,9 +35,24 @@ def test_spaces_are_small_and_fit(name: str, m: int, arch: str):
 def test_few_programs_share_the_depth(name: str):
     assert tiles(LAYERS[name], 8, 256, 8192)[0].splits > 1
     assert tiles(LAYERS[name], 2048, 8192, 8192)[0].splits == 1
-    assert gemv_tiles(LAYERS[name], 64, 8192)[0].splits > 1
-    assert gemv_tiles(LAYERS[name], 8192, 8192)[0].splits == 1
+    assert gemv_tiles(LAYERS[name], 1, 64, 8192)[0].splits > 1
+    assert gemv_tiles(LAYERS[name], 1, 8192, 8192)[0].splits == 1
     assert tiles(LAYERS[name], 8, 256, 64)[0].splits == 1
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("n", "k"), [(2048, 2048), (2048, 8192), (128256, 2048), (576, 1536), (40, 72)])
+def test_single_rows_ask_for_more_at_once(name: str, n: int, k: int):
+    linear = LAYERS[name]
+    first, several = gemv_tiles(linear, 1, n, k), gemv_tiles(linear, 4, n, k)
+    assert several[0].k <= first[0].k <= 4 * several[0].k
+    assert k % several[0].k or k % (first[0].k * first[0].splits) == 0
+    assert len(first) <= 60
+
+
+def test_as_much_as_hides_latency_is_asked_for():
+    steps = [gemv_tiles(LAYERS["bfloat16"], 1, n, 4096)[0].k for n in (2048, 4096, 65536)]
+    assert steps == [1024, 512, 256]
 
 
 @pytest.mark.nightly
@@ -48,4 +63,4 @@ def test_defaults_have_machine_code(name: str, arch: str):
     for m in (17, 300):
         builds(kernel(linear, tiles(linear, m, 4096, 4096, arch)[0], 4096, ALIGNED), (arch,))
     for m in (1, 4):
-        builds(gemv(linear, gemv_tiles(linear, 4096, 4096)[0], m, 4096, ALIGNED), (arch,))
+        builds(gemv(linear, gemv_tiles(linear, m, 4096, 4096)[0], m, 4096, ALIGNED), (arch,))
