@@ -28,6 +28,8 @@ class Backend(ABC):
     """What it takes of `Target.engines`."""
     shares: ClassVar[bool] = False
     """Whether its attention takes `shared`: keys that all rows of a batch read from row 0."""
+    pads: ClassVar[bool] = False
+    """Whether calls of few sizes run faster, so that prompts are padded."""
     notes: Sequence[str] = ()
     """What the last build has to say in the ledger."""
     fusions: Sequence[Fusion] = ()

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.utils._sympy.numbers import int_oo
 
 from sylvester.backends.minimum import holds_at
+from sylvester.compiler.buckets import PADDED
 from sylvester.compiler.manifest import (
     DraftSpec,
     EntrySpec,
@@ -64,9 +65,9 @@ def _generation(program: Program, steady: bool) -> Generation:
     stages = stages_of(info) if KEY in info else ()
     ends = tuple(info.get("eos_token_ids", ()))
     draft = load(DraftSpec, info[DRAFT]) if DRAFT in info else None
-    return Generation(
-        int(info["max_length"]), ends, stages, is_uniform(program), steady and unsteady(program) is None, draft
-    )
+    verified = steady and unsteady(program) is None
+    padded = bool(info.get(PADDED))
+    return Generation(int(info["max_length"]), ends, stages, is_uniform(program), verified, draft, padded)
 
 
 def entry_spec(program: Program, entry: Entry, weights: Sequence[str] | None = None) -> EntrySpec:

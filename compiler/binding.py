@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sylvester.compiler.device_arrays import INTERFACE
 from sylvester.compiler.errors import InputError
 from sylvester.compiler.manifest import EntrySpec, SlotSpec, Symbol, TensorSpec
-from sylvester.compiler.runner import SHARED, State
+from sylvester.compiler.runner import PADDING, SHARED, State
 from sylvester.compiler.sizes import evaluate, solve, symbols
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ DTYPES = {"bfloat16": "uint16"}
 
 
 def is_position(spec: TensorSpec, entry: EntrySpec) -> bool:
-    """Whether an input is the number of positions already in the state, or of those that rows share."""
+    """Whether an input is a number that the state knows: of positions in it, of those that rows share, of padding."""
     return bool(entry.states) and not spec.shape and spec.dtype.startswith("int")
 
 
@@ -42,11 +42,14 @@ def complete(
     arrays = []
     for spec in entry.inputs:
         if is_position(spec, entry):
-            held = 0 if state is None else state.shared if spec.name == SHARED else state.position
-            arrays.append(np.array(held, dtype=spec.dtype))
+            arrays.append(np.array(0 if state is None else _number(spec.name, state), dtype=spec.dtype))
         else:
             arrays.append(_checked(spec, inputs[spec.name]))
     return arrays
+
+
+def _number(name: str, state: State) -> int:
+    return {SHARED: state.shared, PADDING: state.padding}.get(name, state.position)
 
 
 def _check_names(expected: Sequence[str], found: Sequence[str]) -> None:

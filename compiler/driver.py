@@ -47,8 +47,11 @@ RAISE = (
 )
 DERIVE = ("derive-decode", "last-logits")
 """For causal language models: needs attention and positions in raised form."""
-SHARE = "share-prefix"
-"""For programs with caches: last, so that no other pass meets what it adds."""
+LAST = {
+    "share-prefix": ("shares", "prompts that begin alike are kept row by row"),
+    "pad-prompt": ("pads", "prompts are read at their own lengths"),
+}
+"""For programs with caches, where a backend has the attribute: last, so that no other pass meets what they add."""
 
 SEARCH = "sylvester.passes.search:Search"
 """The recipe that keeps a budget."""
@@ -118,7 +121,7 @@ def compile(
             step = drafts.expand(program, backend.machine(program, chosen))
         program, drafted = _rewrite(program, (step,), report)
         rewrites, rewritten = (*rewrites, step), Ledger(rewritten.rows + drafted.rows)
-    program = _shared(program, backend)
+    program = _completed(program, backend)
     folder = compile_cache.workplace(key)
     try:
         manifest = backend.build(program, chosen, folder, report)
@@ -176,13 +179,13 @@ def _derive(program: Program, ledger: Ledger, progress: Progress) -> tuple[Progr
     return program, Ledger(ledger.rows + derived.rows)
 
 
-def _shared(program: Program, backend: Any) -> Program:
-    """With attention that reads what rows of a batch share once, where the backend can; a note where it cannot be."""
-    if not program.state or not getattr(backend, "shares", False):
-        return program
-    program, ledger = Pipeline(_built_in((SHARE,)), check=False).run(program)
-    refused = [f"prompts that begin alike are kept row by row: {r.reason}" for r in ledger.rows[0].changes.refused]
-    program.info["notes"] = [*program.info.get("notes", ()), *refused]
+def _completed(program: Program, backend: Any) -> Program:
+    """With what the passes in `LAST` add, where the backend wants it; a note where it cannot be."""
+    for name, (wanted, otherwise) in LAST.items():
+        if program.state and getattr(backend, wanted, False):
+            program, ledger = Pipeline(_built_in((name,)), check=False).run(program)
+            refused = [f"{otherwise}: {r.reason}" for r in ledger.rows[0].changes.refused]
+            program.info["notes"] = [*program.info.get("notes", ()), *refused]
     return program
 
 

@@ -123,6 +123,8 @@ class Generation:
     steady: bool = False
     """Whether a token read together with others has the bits it would have alone: drafts may then be verified."""
     draft: DraftSpec | None = None
+    padded: bool = False
+    """Whether tokens behind those of a prompt change nothing of it: `start` takes their number as `padding`."""
 
 
 @dataclass(frozen=True)

@@ -18,28 +18,31 @@ if TYPE_CHECKING:
     Arrays = Mapping[str, NDArray[np.generic]]
 
 
-SHARED = "shared"
-"""Name of the input that is `State.shared`."""
+SHARED, PADDING = "shared", "padding"
+"""Names of the inputs that are `State.shared` and `State.padding`."""
 
 
 @dataclass
 class State:
     """The arrays of every slot for one batch of sequences, and how many positions of them are filled.
 
-    Below position `shared` row 0 holds what all rows share; the arrays of the others hold nothing there.
+    Below position `shared` row 0 holds what all rows share; the arrays of the others hold nothing there. Of a call the
+    last `padding` tokens are none.
     """
 
     arrays: dict[str, NDArray[np.generic]]
     position: int = 0
     shapes: tuple[tuple[int, ...], ...] = ()
     shared: int = 0
+    padding: int = 0
 
     def __post_init__(self) -> None:
         self.shapes = tuple(array.shape for array in self.arrays.values())
 
 
 class Runner(Protocol):
-    """A loaded artefact. A scalar integer input of an entry with state is `State.position`, or `State.shared` by name.
+    """A loaded artefact. A scalar integer input of an entry with state is `State.position`, or `State.shared` or
+    `State.padding` by name.
 
     Callers do not give it.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sylvester.compiler.arrays import floats
 from sylvester.compiler.binding import asked
+from sylvester.compiler.buckets import padding
 from sylvester.compiler.errors import InputError, Unsupported
 from sylvester.compiler.manifest import Generation, Manifest
 from sylvester.compiler.runner import Runner, State
@@ -38,6 +39,7 @@ class Session:
         self.runner, self.state, self.prompt, self.chunk = runner, state, prompt, chunk
         self.limit = generation_of(runner.manifest).max_length
         self._stages = generation_of(runner.manifest).stages
+        self._pads = generation_of(runner.manifest).padded
         self._ids = ids_input(runner.manifest)
         self._tokens: Ids = np.empty((batch, self.limit), np.int64)
 
@@ -62,8 +64,8 @@ class Session:
         """Read tokens [batch, n] after those held; logits [batch, vocabulary] of what follows the last one."""
         *before, last = self._calls(tokens, first_entry(self.runner.manifest))
         for entry, part in before:
-            self._run(entry, part)
-        return self._run(*last)[:, -1]
+            self._read(entry, part)
+        return self._read(*last)
 
     def score(self, tokens: Ids) -> Logits:
         """Read tokens [batch, n] after those held; logits [batch, n, vocabulary] of what follows each."""
@@ -188,12 +190,25 @@ class Session:
         entry = self._entry(start)
         return next((n for n in range(1, most) if self._entry(start + n) != entry), most)
 
+    def _read(self, entry: str, tokens: Ids) -> Logits:
+        """Logits [batch, vocabulary] after the last of tokens [batch, n], padded where that fits."""
+        import numpy as np
+
+        count = tokens.shape[1]
+        self.state.padding = padding(count, self.limit - self.position) if self._pads else 0
+        try:
+            logits = self._run(entry, np.pad(tokens, ((0, 0), (0, self.state.padding)), "edge"))
+        finally:
+            self.state.padding = 0
+        return logits[:, min(count, logits.shape[1]) - 1]
+
     def _run(self, entry: str, tokens: Ids, others: Mapping[str, NDArray[Any]] | None = None) -> Logits:
         """Logits [batch, n or 1, vocabulary]; those of a device stay there until they are read."""
         run = getattr(self.runner, "there", self.runner.run)
         outputs = run(entry, {self._ids: tokens, **(others or {})}, self.state)
-        end = self.position + tokens.shape[1]
-        self._tokens[:, self.position : end] = tokens
+        count = tokens.shape[1] - self.state.padding
+        end = self.position + count
+        self._tokens[:, self.position : end] = tokens[:, :count]
         self.state.position = end
         return self._logits(entry, outputs)
 

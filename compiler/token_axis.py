@@ -19,7 +19,7 @@ from sylvester.compiler.quantized_ops import LINEARS
 aten = torch.ops.aten
 
 POINTWISE = {ops.swiglu.target, ops.geglu.target, aten.to.dtype, aten._to_copy.default, aten.clone.default}
-LAST_AXIS = {*LINEARS, ops.rms_norm.target}
+LAST_AXIS = {*LINEARS, ops.rms_norm.target, ops.hadamard.target}
 TRACKED = {aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default}
 """Moves of whole axes: the symbol itself says where the token axis went."""
 LOOK_UPS = {aten.embedding.default, aten.index_select.default, aten.index.Tensor}

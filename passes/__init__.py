@@ -17,6 +17,7 @@ PASSES = {
     "fold-norms": "sylvester.passes.fold_norms:FoldNorms",
     "fold-weights": "sylvester.passes.fold_weights:FoldWeights",
     "last-logits": "sylvester.passes.last_logits:LastLogits",
+    "pad-prompt": "sylvester.passes.pad_prompt:PadPrompt",
     "quantize": "sylvester.passes.quantize:Quantize",
     "quantize-attention": "sylvester.passes.quantize_attention:QuantizeAttention",
     "quantize-cache": "sylvester.passes.quantize_cache:QuantizeCache",

@@ -18,7 +18,7 @@ from sylvester.compiler.manifest import read
 from sylvester.compiler.program import Program
 from tests import zoo
 
-VOCAB, LENGTH = 50, 32
+VOCAB, LENGTH = 50, 96
 _FOLDER = tempfile.TemporaryDirectory(prefix="sylvester-cuda-models-")
 
 

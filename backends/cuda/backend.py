@@ -43,6 +43,7 @@ class Cuda(Backend):
 
     name: ClassVar[str] = "cuda"
     tunes: ClassVar[bool] = True
+    pads: ClassVar[bool] = True
 
     def identity(self, target: Target) -> tuple[str, ...] | None:
         archs = architectures(target)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 
 from sylvester.backends.cuda.device import Device
 
-KEPT, REMEMBERED = 16, 256
+KEPT, REMEMBERED = 64, 256
 """Graphs, and keys that were seen once."""
 
 
