@@ -34,12 +34,12 @@ def sizes(runner):
 
 
 @pytest.mark.parametrize(
-    ("batch", "length", "options"), [(1, 17, {}), (2, 33, {}), (1, 40, {"chunk": 20}), (1, 70, {})]
+    ("batch", "length", "new", "options"), [(1, 17, 2, {}), (2, 33, 2, {}), (1, 40, 1, {"chunk": 20})]
 )
-def test_tokens_are_those_of_the_model(compiled, batch, length, options):
+def test_tokens_are_those_of_the_model(compiled, batch, length, new, options):
     prompt = cuda_models.ids(batch, length)
-    expected = cuda_models.reference().generate(prompt, 2, reuse=False).tolist()
-    assert compiled.generate(prompt, 2, reuse=False, **options).tolist() == expected
+    expected = cuda_models.reference().generate(prompt, new, reuse=False).tolist()
+    assert compiled.generate(prompt, new, reuse=False, **options).tolist() == expected
 
 
 def test_a_conversation_goes_on_in_padded_calls(compiled):

@@ -23,7 +23,7 @@ from sylvester.compiler.session import Session
 from sylvester.compiler.stages import Stage, remember
 from sylvester.passes import LastLogits, PadPrompt, QuantizeCache
 from tests.test_derive_bias import biased, by_distance
-from tests.test_derive_decode import VOCAB, by_cumulative_sum, by_slice, derived, gpt
+from tests.test_derive_decode import VOCAB, by_cumulative_sum, derived, gpt
 from tests.test_session import Notes, ids
 
 aten = torch.ops.aten
@@ -40,8 +40,7 @@ def rotated(self, x):
 
 MODELS = {
     "plain": {},
-    "placed": {"positions": by_cumulative_sum, "attend": windowed},
-    "sliced": {"positions": by_slice, "between": rotated},
+    "counted": {"positions": by_cumulative_sum, "attend": windowed, "between": rotated},
 }
 
 
