@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-
 from sylvester.backends.base import Backend
 from sylvester.backends.cpu_machine import CpuMachine
 from sylvester.backends.engines import claim
+from sylvester.backends.float_types import require_float32
 from sylvester.backends.identity import identity
 from sylvester.backends.kernel_table import write_table
 from sylvester.backends.memory_plan import memory_plan
@@ -22,15 +21,13 @@ from sylvester.backends.toolchain import build_shared, find_compiler
 from sylvester.backends.tuning import tune, write_problems
 from sylvester.codegen.compile import compile_program
 from sylvester.codegen.isa import WASM, variants
-from sylvester.compiler import knobs, quantized_ops  # noqa: F401  (registers the ops below)
+from sylvester.compiler import knobs
 from sylvester.compiler.errors import Unsupported
 from sylvester.compiler.manifest import Manifest
-from sylvester.compiler.program import Program, binding
+from sylvester.compiler.program import Program
 from sylvester.compiler.progress import Progress
 from sylvester.compiler.recipe import Machine
 from sylvester.compiler.target import ENGINES, Target, host_architecture
-
-BF16_READERS = (torch.ops.sylvester.linear_bf16.default, torch.ops.sylvester.widen_bf16.default)
 
 BLOCK_ROWS = 128
 ENGINE_SHARE = 0.5
@@ -53,7 +50,7 @@ class Cpu(Backend):
         return CpuMachine(self, target, rows=1 if "decode" in program.entries else BLOCK_ROWS)
 
     def build(self, program: Program, target: Target, folder: Path, progress: Progress) -> Manifest:
-        require_float32(program)
+        require_float32(program, self.name)
         if target.architecture == WASM:
             raise Unsupported("the cpu target builds no WebAssembly", hint="compile with target='wasm'")
         compiler = find_compiler(architecture=target.architecture)
@@ -96,17 +93,3 @@ class Cpu(Backend):
         write_table(folder, compiled.unit.costs)
         write_problems(folder, compiled.problems, tuning)
         return replace(made, isas=tuple(isa.name for isa in isas), arch=target.architecture)
-
-
-def require_float32(program: Program) -> None:
-    """Activations are float32; half-precision weights are for the ops that say so."""
-    for entry in program.entries.values():
-        for weight in entry.placeholders("weight"):
-            dtype = program.weights[binding(weight).key].dtype
-            low_bit = all(user.target in BF16_READERS for user in weight.users)
-            if dtype in (torch.float64, torch.float16) or (dtype == torch.bfloat16 and not low_bit):
-                raise Unsupported(
-                    f"the cpu target computes in float32, found weights of other float types: "
-                    f"{binding(weight).key!r} is {dtype}",
-                    hint="call model.float() before compiling, then a pass such as 'bf16' for smaller weights",
-                )

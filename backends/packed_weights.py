@@ -62,6 +62,8 @@ def _as_rows(weight: NDArray[Any]) -> NDArray[Any]:
 
 
 def array(weight: Tensor) -> NDArray[Any]:
-    """The values in numpy; bfloat16 as its bits."""
+    """The values in numpy; bfloat16 and float8 as their bits."""
     plain = weight.detach().contiguous()
-    return plain.view(torch.int16).numpy().view(np.uint16) if plain.dtype == torch.bfloat16 else plain.numpy()
+    if plain.dtype == torch.bfloat16:
+        return plain.view(torch.int16).numpy().view(np.uint16)
+    return plain.view(torch.uint8).numpy() if plain.dtype == torch.float8_e4m3fn else plain.numpy()

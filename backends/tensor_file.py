@@ -17,12 +17,13 @@ from sylvester.compiler.errors import ArtefactError
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "uint16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64", "BOOL": "bool",
+    "F8_E4M3": "uint8",
 }  # fmt: skip
 PREFIX = 8
 
 
 class TensorFile:
-    """A mapped file and its arrays by name, read-only; bfloat16 appears as uint16."""
+    """A mapped file and its arrays by name, read-only; bfloat16 appears as uint16, float8 as uint8."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,7 +44,7 @@ class TensorFile:
 
 
 def map_tensors(path: Path) -> dict[str, NDArray[np.generic]]:
-    """Read-only arrays by name, mapped from the file; bfloat16 appears as uint16."""
+    """Read-only arrays by name, mapped from the file; bfloat16 appears as uint16, float8 as uint8."""
     return TensorFile(path).arrays
 
 

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 ALIGNMENT = 64
 NAMES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16",
-    "int8": "I8", "uint8": "U8", "bool": "BOOL", "uint16": "BF16",
+    "int8": "I8", "uint8": "U8", "bool": "BOOL", "uint16": "BF16", "float8_e4m3fn": "F8_E4M3",
 }  # fmt: skip
+FLOAT8 = "float8_e4m3fn"
+"""A type that numpy lacks: the arrays hold its bits, as uint8."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,18 @@ class Deferred:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return int(np.prod(self.shape, dtype=np.int64)) * self.itemsize
+
+    @property
+    def itemsize(self) -> int:
+        return 1 if self.dtype == FLOAT8 else np.dtype(self.dtype).itemsize
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Deferred]) -> None:
     """Tensors whose size is a multiple of 64 bytes come first, then by falling item size: elements are aligned."""
     ordered = sorted(
         tensors.items(),
-        key=lambda item: (item[1].nbytes % ALIGNMENT != 0, -np.dtype(item[1].dtype).itemsize),
+        key=lambda item: (item[1].nbytes % ALIGNMENT != 0, -item[1].itemsize),
     )
     header: dict[str, Any] = {}
     offset = 0

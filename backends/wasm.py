@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from sylvester.backends.base import Backend
-from sylvester.backends.cpu import require_float32
+from sylvester.backends.float_types import require_float32
 from sylvester.backends.kernel_table import write_table
 from sylvester.backends.memory_plan import memory_plan
 from sylvester.backends.packed_weights import stored_tensors
@@ -43,7 +43,7 @@ class Wasm(Backend):
         return ("wasm", version(_compiler()), *(["text"] if TOKENIZER.available() else []))
 
     def build(self, program: Program, target: Target, folder: Path, progress: Progress) -> Manifest:
-        require_float32(program)
+        require_float32(program, self.name)
         compiled = compile_program(program)
         names = {entry: [use.name for use in uses] for entry, uses in compiled.weights.items()}
         stored = stored_tensors(program, compiled.weights)

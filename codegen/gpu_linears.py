@@ -30,14 +30,30 @@ def linear(lowering: GpuLowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy 
     return _product(lowering, fact, Linear("fp32", "fp32", "fp32", bias="fp32" if bias else ""), x, weight, bias)
 
 
-@gpu_lowers(dialect.linear_bf16.default)
-def linear_bf16(lowering: GpuLowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy | None = None) -> Lazy:
-    return _product(lowering, fact, Linear("fp32", "bf16", "fp32", bias="fp32" if bias else ""), x, weight, bias)
+@gpu_lowers(dialect.linear_bf16.default, dialect.linear_fp16.default)
+def linear_short(lowering: GpuLowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy | None = None) -> Lazy:
+    kind = "bf16" if weight.dtype == "bf16" else "fp16"
+    return _product(lowering, fact, Linear("fp32", kind, "fp32", bias="fp32" if bias else ""), x, weight, bias)
 
 
-@gpu_lowers(dialect.widen_bf16.default)
-def widen_bf16(lowering: GpuLowering, fact: Fact, weight: Lazy) -> Lazy:
+@gpu_lowers(dialect.linear_fp8.default)
+def linear_fp8(
+    lowering: GpuLowering, fact: Fact, x: Lazy, weight: Lazy, scales: Lazy, bias: Lazy | None = None
+) -> Lazy:
+    form = Linear("fp32", "fp8e4nv", "fp32", rounding="rows", bias="fp32" if bias else "")
+    return _product(lowering, fact, form, x, weight, bias, {"scales": stored(lowering, scales)})
+
+
+@gpu_lowers(dialect.widen_bf16.default, dialect.widen_fp16.default)
+def widen_short(lowering: GpuLowering, fact: Fact, weight: Lazy) -> Lazy:
     return Lazy(fact.shape, "f32", lambda i: cast(weight.load(i), "f32"))
+
+
+@gpu_lowers(dialect.dequantize_fp8.default)
+def dequantize_fp8(lowering: GpuLowering, fact: Fact, weight: Lazy, scales: Lazy) -> Lazy:
+    return Lazy(
+        fact.shape, "f32", lambda i: call("mul", cast(weight.load(i), "f32"), scales.load([i[0], index(0)]))
+    )  # fmt: skip
 
 
 def _low_bit(kind: str) -> None:

@@ -18,7 +18,7 @@ from sylvester.codegen.index import Index, index
 from sylvester.codegen.lazy import Extern, Lazy, Pointer
 from sylvester.codegen.lowering import LOWERINGS, TAKES_BF16, Lower, Lowerer, Lowering
 from sylvester.codegen.scalar import BYTES
-from sylvester.codegen.shapes import dtype_of, shape_of
+from sylvester.codegen.shapes import DTYPES, SHORT, dtype_of, shape_of
 
 dialect = torch.ops.sylvester
 GPU_LOWERINGS: dict[Any, Lower] = {}
@@ -68,6 +68,10 @@ class GpuLowering(Lowering):
     target: ClassVar[str] = "cuda"
     table: ClassVar[Mapping[Any, Lower]] = ChainMap(GPU_LOWERINGS, LOWERINGS)
     takes_bf16: ClassVar[Collection[Any]] = {*TAKES_BF16, dialect.linear_bf16.default}
+    takes_short: ClassVar[Collection[Any]] = {
+        getattr(dialect, name).default for name in ("linear_fp16", "widen_fp16", "linear_fp8", "dequantize_fp8")
+    }
+    dtypes: ClassVar[Mapping[torch.dtype, str]] = {**DTYPES, **SHORT}
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)

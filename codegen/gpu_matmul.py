@@ -13,7 +13,8 @@ from sylvester.compiler.quantized_ops import GROUPS
 BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8e4nv": 8, "i8": 8, "i4": 4, "i3": 3}
 """Of a stored weight; "i4" and "i3" are packed in uint8 as compiler/packing.py says."""
 FLOATS = ("fp32", "bf16", "fp16")
-LARGEST = {4: 7, 8: 127}
+LARGEST, LARGEST_FLOAT8 = {4: 7, 8: 127}, 448
+"""What rows are cut at: whole numbers by their bits, and float8."""
 DEEPEST = ((1 << 31) - 1) // (128 * 127)
 """The depth to which products of whole numbers fit into 32 bits."""
 MOST_ROWS = 4
@@ -41,8 +42,8 @@ class Linear:
 
     Integer weights have float scales, one a row (`group` 0) or one a `group` of columns; fp8 ones have one a row.
     `rounding` of x: "none" multiplies floats; "given" reads int8 or fp8 x with scales x_scales [m]; "rows" finds them
-    (`quantize_rows` of `bits`); "step" divides by the one number of x_scales. Without it, integer weights are
-    multiplied in the type of x: the meaning of 16 bits in linear_w8, and closer to the float product.
+    (`quantize_rows` of `bits`, or `float8_rows`); "step" divides by the one number of x_scales. Without it, integer
+    weights are multiplied in the type of x: the meaning of 16 bits in linear_w8, and closer to the float product.
     `gated`: W and U of one type, y = act(x W^T + bias) (x U^T + up_bias).
     """
 
@@ -73,8 +74,7 @@ class Linear:
                           f"{wanted!r} without a norm")  # fmt: skip
         rounded = self.whole or self.weight == "fp8e4nv"
         self._require(rounded or self.rounding == "none", f"rounded rows for a weight in {self.weight}", "floats")
-        self._require(self.weight != "fp8e4nv" or self.rounding in ("given", "step"),
-                      f"rounding {self.rounding!r} for an fp8 weight", "'given' or 'step'")  # fmt: skip
+        self._require(self.weight != "fp8e4nv" or self.rounding != "none", "floats for an fp8 weight", "rounded rows")
 
     def _require(self, held: bool, found: str, expected: str) -> None:
         if not held:
@@ -125,7 +125,7 @@ class Linear:
             "WEIGHTED": bool(norm and norm.weight),
             "SHIFTED": bool(norm and norm.bias),
             "ROUND": self.rounding,
-            "MOST": LARGEST[self.bits] if self.type == "i8" else 0,
+            "MOST": {"i8": LARGEST[self.bits], "fp8e4nv": LARGEST_FLOAT8}.get(self.type, 0),
         }
 
     def epilogue(self) -> dict[str, Constant]:

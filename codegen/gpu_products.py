@@ -115,7 +115,7 @@ class _Launches:
 
     def _many(self, step: GpuProduct, when: When) -> None:
         if step.form.rounding in ("rows", "step"):
-            form = replace(step.form, x="i8", rounding="given", norm=None)
+            form = replace(step.form, x=step.form.type, rounding="given", norm=None)
             step = step.changed(form, self._once(step, self._rounded), x_row=index(step.k))
         elif step.form.norm:
             form = replace(step.form, norm=None)
@@ -149,20 +149,21 @@ class _Launches:
         """What is made of more than a few rows, which another product may have made."""
         form = step.form
         read = (step.pointers.get(name) for name in ("x", "x_scales", "norm_weight", "norm_bias"))
-        key = (*read, step.x_row, step.m, form.norm, form.bits, form.rounding, step.guard)
+        key = (*read, step.x_row, step.m, form.norm, form.type, form.bits, form.rounding, step.guard)
         if key not in self.rows:
             self.rows[key] = make(step, (step.m, 1 if self.lowering.steady else MOST_ROWS + 1, NO_LIMIT))
         return self.rows[key]
 
     def _rounded(self, step: GpuProduct, when: When) -> Rows:
         form, m, k = step.form, step.m, step.k
-        numbers, scales = (self.lowering.buffer("arena", s, t) for s, t in (((m, index(k)), "i8"), ((m,), "f32")))
-        rows = {"x": Pointer(numbers.name, index(0), "i8"), "x_scales": Pointer(scales.name, index(0))}
+        held = "i8" if form.whole else "fp8"
+        numbers, scales = (self.lowering.buffer("arena", s, t) for s, t in (((m, index(k)), held), ((m,), "f32")))
+        rows = {"x": Pointer(numbers.name, index(0), held), "x_scales": Pointer(scales.name, index(0))}
         given: dict[str, Given] = {**step.pointers, "numbers": rows["x"], "scales": rows["x_scales"]}
         given |= {"m": m, "k": index(k), "x_row": step.x_row, "numbers_row": index(k)}
         if form.rounding == "step":
             given["step"] = step.pointers["x_scales"]
-        options = gpu_rows.candidates("fp32", k, form.norm, form.bits, form.rounding == "step")
+        options = gpu_rows.candidates("fp32", k, form.norm, form.bits, form.rounding == "step", form.type)
         grid = (over(m, gpu_rows.rows_of(k)),)
         self.lowering.tuned(options, lambda made: Candidate(made, grid), given, (numbers.name, scales.name), when)
         return rows

@@ -1,26 +1,28 @@
-"""Kernels for GPUs that round rows of x to whole numbers, after a norm or without."""
+"""Kernels for GPUs that round rows of x to whole numbers or float8, after a norm or without."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from sylvester.codegen.gpu_kernel import Constant, Kernel, text
-from sylvester.codegen.gpu_matmul import FLOATS, LARGEST, Norm
+from sylvester.codegen.gpu_matmul import FLOATS, LARGEST, LARGEST_FLOAT8, Norm
 from sylvester.compiler.errors import CompileError
 
 WIDEST = 8192
 """Columns that a program holds at once; longer rows are read again, from the cache."""
 
 
-def quantize_rows(x: str, k: int, norm: Norm | None = None, bits: int = 8, step: bool = False) -> Kernel:
-    """int8 numbers [m, k] and float32 scales [m] of x [m, k], as compiler/quantized_rows.py says.
+def quantize_rows(
+    x: str, k: int, norm: Norm | None = None, bits: int = 8, step: bool = False, numbers: str = "i8"
+) -> Kernel:
+    """int8 or fp8e4nv numbers [m, k] and float32 scales [m] of x [m, k], as compiler/quantized_rows.py says.
 
-    `step`: every scale is the one number of the argument of that name.
+    `step`: every scale is the one number of the argument of that name. `bits` are those of whole numbers.
     """
     if x not in FLOATS or bits not in LARGEST:
         raise CompileError(f"found rows in {x!r} to {bits} bits, expected {list(FLOATS)} to one of {list(LARGEST)}")
     weight, bias = (norm.weight, norm.bias) if norm else ("", "")
-    types = {"x": f"*{x}", "numbers": "*i8", "scales": "*fp32"} | ({"step": "*fp32"} if step else {})
+    types = {"x": f"*{x}", "numbers": f"*{numbers}", "scales": "*fp32"} | ({"step": "*fp32"} if step else {})
     types |= {name: f"*{held}" for name, held in (("norm_weight", weight), ("norm_bias", bias)) if held}
     types |= dict.fromkeys(("m", "k", "x_row", "numbers_row"), "i32")
     block = min(WIDEST, max(32, 1 << (k - 1).bit_length()))
@@ -33,7 +35,7 @@ def quantize_rows(x: str, k: int, norm: Norm | None = None, bits: int = 8, step:
         "WEIGHTED": bool(weight),
         "SHIFTED": bool(bias),
         "STEP": step,
-        "MOST": LARGEST[bits],
+        "MOST": LARGEST[bits] if numbers == "i8" else LARGEST_FLOAT8,
         "EVEN": k % block == 0,
         "ROWS": rows_of(k),
         "BLOCK_K": block,
@@ -43,9 +45,11 @@ def quantize_rows(x: str, k: int, norm: Norm | None = None, bits: int = 8, step:
     return Kernel(text("rows"), name, types, constants, aligned, warps=8 if block >= 4096 else 4, stages=1)
 
 
-def candidates(x: str, k: int, norm: Norm | None = None, bits: int = 8, step: bool = False) -> tuple[Kernel, ...]:
+def candidates(
+    x: str, k: int, norm: Norm | None = None, bits: int = 8, step: bool = False, numbers: str = "i8"
+) -> tuple[Kernel, ...]:
     """Kernels that it may be tuned over, the default first."""
-    first = quantize_rows(x, k, norm, bits, step)
+    first = quantize_rows(x, k, norm, bits, step, numbers)
     return (first, *(replace(first, warps=w) for w in (first.warps // 2, first.warps * 2)))
 
 

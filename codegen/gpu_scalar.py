@@ -17,7 +17,7 @@ TYPES = {
 """Of values; memory holds truth values as bytes."""
 POINTERS = {
     "f32": "*fp32", "f64": "*fp64", "i64": "*i64", "i32": "*i32", "i8": "*i8", "u8": "*u8", "b8": "*u8",
-    "bf16": "*bf16",
+    "bf16": "*bf16", "f16": "*fp16", "fp8": "*fp8e4nv",
 }  # fmt: skip
 PLAIN = {
     "add": "({0} + {1})", "sub": "({0} - {1})", "mul": "({0} * {1})", "div": "({0} / {1})", "neg": "(-{0})",
@@ -127,10 +127,11 @@ class Scalars:
         return self.keep(f"{text} != 0") if load.dtype == "b8" else text
 
     def _masked(self, load: Load, *, guarded: bool) -> str:
+        other = "0.0" if load.dtype == "fp8" else "0"  # whole numbers are not converted to float8
         if guarded and self._conditions:
-            return f" + full, {self._mask(load, whole=True)}, other=0"
+            return f" + full, {self._mask(load, whole=True)}, other={other}"
         mask = self._mask(load)
-        return f", {mask}, other=0" if mask else ""
+        return f", {mask}, other={other}" if mask else ""
 
     def _mask(self, element: Expr, *, whole: bool = False) -> str:
         """Which elements of a value exist; `whole`: where all conditions around it hold."""

@@ -30,7 +30,7 @@ from sylvester.codegen.lazy import (
 )
 from sylvester.codegen.linear_groups import LinearGroup
 from sylvester.codegen.scalar import Constant, Expr, IndexValue, Load
-from sylvester.codegen.shapes import dtype_of, shape_of, size
+from sylvester.codegen.shapes import DTYPES, SHORT, dtype_of, shape_of, size
 from sylvester.compiler import ops  # noqa: F401  (registers the dialect, which lowerings name)
 from sylvester.compiler.errors import Unsupported, module_path
 from sylvester.compiler.printing import op_name
@@ -85,6 +85,9 @@ class Lowering:
     target: ClassVar[str] = "cpu"
     table: ClassVar[Mapping[Any, Lower]] = LOWERINGS
     takes_bf16: ClassVar[Collection[Any]] = TAKES_BF16
+    takes_short: ClassVar[Collection[Any]] = ()
+    """Ops whose lowerings read float16 or float8."""
+    dtypes: ClassVar[Mapping[torch.dtype, str]] = DTYPES
 
     def __init__(self, name: str, program: Program, entry: Entry, layers: StoredLayers) -> None:
         self.program, self.entry, self.layers = program, entry, layers
@@ -100,7 +103,7 @@ class Lowering:
         for kind in ("input", "state"):
             for node in self.entry.placeholders(kind):
                 fact = value(node)
-                buffer = self.buffer(kind, shape_of(fact), dtype_of(fact.dtype), binding(node).key)
+                buffer = self.buffer(kind, shape_of(fact), dtype_of(fact.dtype, self.dtypes), binding(node).key)
                 self.values[node] = of_buffer(buffer)
         self._lower_all(self.entry.calls())
         self._outputs()
@@ -145,15 +148,27 @@ class Lowering:
         args = map_aggregate(node.args, self._argument)
         kwargs = map_aggregate(dict(node.kwargs), self._argument)
         fact = value(node)
-        described = Fact(shape_of(fact), dtype_of(fact.dtype)) if isinstance(fact, Tensor) else fact
-        if node.target not in self.takes_bf16:
-            _require_no_bf16(node, described, (*args, *kwargs.values()), self.target)
+        described = Fact(shape_of(fact), dtype_of(fact.dtype, self.dtypes)) if isinstance(fact, Tensor) else fact
+        self._require_floats(node, (described, *args, *kwargs.values()))
         result = self.table[node.target](self, described, *args, **kwargs)
         if isinstance(result, Lazy) and self._worth_storing(node, result):
             return self.realize(result)
         if isinstance(result, Lazy) and result.norm and len(self._readers(node)) > 1:
             return replace(result, norm=None)
         return result
+
+    def _require_floats(self, node: fx.Node, facts: Sequence[Any]) -> None:
+        """Short floats are for the ops that take them."""
+        refused = ["bf16"] if node.target not in self.takes_bf16 else []
+        refused += SHORT.values() if node.target not in self.takes_short else []
+        found = next((x.dtype for x in facts if isinstance(x, (Fact, Lazy)) and x.dtype in refused), None)
+        if found is not None:
+            name = {"bf16": "bfloat16", "f16": "float16", "fp8": "float8"}[found]
+            raise Unsupported(
+                f"{op_name(node.target)} over {name} has no lowering, the {self.target} target computes in float32",
+                at=node,
+                hint=f"only caches and the weights of linear layers may be {name}; call model.float() before compiling",
+            )
 
     def _label(self, first: int, label: str) -> None:
         """Name the steps from number `first` on that have no name yet."""
@@ -170,7 +185,7 @@ class Lowering:
         if node not in self.values:
             key, fact = binding(node).key, value(node)
             stored = self.layers.layouts.get(key)
-            stored = stored or (plain(key), shape_of(fact), dtype_of(fact.dtype))
+            stored = stored or (plain(key), shape_of(fact), dtype_of(fact.dtype, self.dtypes))
             self.values[node] = of_buffer(self.weight(*stored))
         return self.values[node]
 
@@ -285,15 +300,6 @@ def _sizes(entry: Entry) -> tuple[Size, ...]:
         for n in shape_of(value(node)):
             found |= {a for a in n.atoms if isinstance(a, Size)}
     return tuple(sorted(found, key=lambda s: s.name))
-
-
-def _require_no_bf16(node: fx.Node, fact: Any, operands: Sequence[Any], target: str) -> None:
-    if any(isinstance(x, (Fact, Lazy)) and x.dtype == "bf16" for x in (fact, *operands)):
-        raise Unsupported(
-            f"{op_name(node.target)} over bfloat16 has no lowering, the {target} target computes in float32",
-            at=node,
-            hint="only caches and the weights of linear layers may be bfloat16; call model.float() before compiling",
-        )
 
 
 def require_lowerings(entries: Iterable[Entry], table: Mapping[Any, Lower] = LOWERINGS, target: str = "cpu") -> None:

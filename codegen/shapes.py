@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -18,10 +19,14 @@ DTYPES = {
 }  # fmt: skip
 
 
-def dtype_of(dtype: torch.dtype) -> str:
-    if dtype not in DTYPES:
-        raise Unsupported(f"dtype {dtype} has no lowering", hint=f"supported are {[str(d) for d in DTYPES]}")
-    return DTYPES[dtype]
+SHORT = {torch.float16: "f16", torch.float8_e4m3fn: "fp8"}
+"""Types of stored weights that some targets read."""
+
+
+def dtype_of(dtype: torch.dtype, known: Mapping[torch.dtype, str] = DTYPES) -> str:
+    if dtype not in known:
+        raise Unsupported(f"dtype {dtype} has no lowering", hint=f"supported are {[str(d) for d in known]}")
+    return known[dtype]
 
 
 def size(n: Any) -> Index:

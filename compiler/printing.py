@@ -13,6 +13,7 @@ from sylvester.compiler.program import Entry, Program, binding, is_weight
 
 SHORT = {
     torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16",
+    torch.float8_e4m3fn: "f8e4m3",
     torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool",
 }  # fmt: skip
 

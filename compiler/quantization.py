@@ -1,4 +1,4 @@
-"""Float weights -> bfloat16, or whole numbers of 8, 4 or 3 bits with scales, a slice of rows at a time."""
+"""Float weights -> short floats, or whole numbers of 8, 4 or 3 bits with scales, a slice of rows at a time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sylvester.compiler.packing import packed3, packed4
 from sylvester.compiler.quantized_ops import GROUPS, row_slices
+from sylvester.compiler.quantized_rows import FLOAT8, float8_rows
 
 Rounded = tuple[Tensor, Tensor]
 """Stored numbers [n, k] (int4: [n, k / 2], int3: [n, 3 k / 8]) and float32 scales [n, groups]."""
@@ -69,6 +70,25 @@ def shortened(scales: Tensor) -> Tensor:
 
 def round_bf16(weight: Tensor) -> Tensor:
     return weight.to(torch.bfloat16)
+
+
+def round_fp16(weight: Tensor) -> Tensor:
+    """The nearest values that float16 holds; raises ValueError for one beyond its largest, which would be infinite."""
+    largest, most = float(weight.abs().max()) if weight.numel() else 0.0, torch.finfo(torch.float16).max
+    if largest > most:
+        raise ValueError(f"a value of {largest:.6g} in size, float16 holds at most {most:g}")
+    return weight.to(torch.float16)
+
+
+def round_fp8(weight: Tensor) -> Rounded:
+    """float8 numbers (e4m3) [n, k] with scale max |w| / 448 of a whole row, [n, 1]."""
+    numbers = torch.empty(weight.shape, dtype=FLOAT8)
+    scales = torch.empty((len(weight), 1), dtype=torch.float32)
+    for rows, stored, found in row_slices(weight, numbers, scales):
+        rounded, scale = float8_rows(rows)
+        stored.copy_(rounded)
+        found.copy_(scale)
+    return numbers, scales
 
 
 def round_int8(weight: Tensor, group: int = 0) -> Rounded:

@@ -1,4 +1,4 @@
-"""Dialect ops in low-bit arithmetic: linear layers with bfloat16, int8 and int4 weights, their widening, attention."""
+"""Dialect ops in low-bit arithmetic: linear layers with short floats and whole numbers, their widening, attention."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from sylvester.compiler.ops import (
     repeated_heads,
 )
 from sylvester.compiler.packing import unpacked3, unpacked4
-from sylvester.compiler.quantized_rows import quantize_rows
+from sylvester.compiler.quantized_rows import FLOAT8, float8_rows, quantize_rows
 
 GROUPS = (32, 64, 128)
 """Sizes of the groups along the depth that share a scale."""
 ROWS_AT_ONCE, VALUES_AT_ONCE = 4096, 1 << 18
 """The most that a reference widens of a weight at a time, which bounds its memory."""
-BF16, INT8, PACKED = torch.bfloat16, torch.int8, torch.uint8
+BF16, FP16, INT8, PACKED = torch.bfloat16, torch.float16, torch.int8, torch.uint8
 Widen = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -91,9 +91,22 @@ def by_slices(x: Tensor, widen: Callable[..., Tensor], *stored: Tensor) -> Tenso
 def _quantised_linear(
     x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, bits: int, step: Tensor | None, widen: Widen
 ) -> Tensor:
-    """Rows are quantised, products of integers exact: float64 holds every sum for depths far above 16384."""
-    numbers, scale = quantize_rows(x, bits, step)
+    return _scaled_product(x, quantize_rows(x, bits, step), weight, scales, bias, widen)
+
+
+def _scaled_product(
+    x: Tensor, rows: tuple[Tensor, Tensor], weight: Tensor, scales: Tensor, bias: Tensor | None, widen: Widen
+) -> Tensor:
+    """Of rounded rows; products are exact: float64 holds every sum for depths far above 16384."""
+    numbers, scale = rows
     y = by_slices(numbers.double(), widen, weight, scales.double()) * scale.double()
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _short_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Rows rounded to the type of the weight, sums in float32, or in float64 for such an x."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = by_slices(x.to(weight.dtype).to(wide), lambda w: w.to(wide), weight)
     return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -119,9 +132,33 @@ def _widen_w3(weight: Tensor, scales: Tensor) -> Tensor:
 )
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias with x and weight [n, k] rounded to bfloat16, summed in float32, or in float64 for such an x."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = by_slices(x.to(BF16).to(wide), lambda w: w.to(wide), weight)
-    return (y if bias is None else y + bias).to(x.dtype)
+    return _short_product(x, weight, bias)
+
+
+@op(
+    cost=_linear_cost,
+    fact=_linear_fact,
+    examples=(
+        ((2, 3, 64), Stored((37, 64), FP16), Stored((37,))),
+        ((5, 33), Stored((16, 33), FP16), None),
+    ),
+)
+def linear_fp16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear_bf16` in float16: values of x beyond 65504 become infinite."""
+    return _short_product(x, weight, bias)
+
+
+@op(
+    cost=_linear_cost,
+    fact=_linear_fact,
+    examples=(
+        ((2, 3, 40), Stored((37, 40), FLOAT8), Stored((37, 1)), Stored((37,))),
+        ((5, 33), Stored((16, 33), FLOAT8), Stored((16, 1)), None),
+    ),
+)
+def linear_fp8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias with float8 weight [n, k] (e4m3) and scales [n, 1]; rows of x are rounded as `float8_rows` says."""
+    return _scaled_product(x, float8_rows(x), weight, scales, bias, _widen_w8)
 
 
 @op(
@@ -200,6 +237,21 @@ def dequantize_w4(weight: Tensor, scales: Tensor) -> Tensor:
 def dequantize_w3(weight: Tensor, scales: Tensor) -> Tensor:
     """Packed int3 [n, 3 k / 8] times scales [n, groups]: the float weight [n, k]."""
     return _widen_w3(weight, scales)
+
+
+@op(
+    cost=_widening_cost,
+    examples=((Stored((37, 40), FLOAT8), Stored((37, 1))), (Stored((5, 33), FLOAT8), Stored((5, 1)))),
+)
+def dequantize_fp8(weight: Tensor, scales: Tensor) -> Tensor:
+    """float8 [n, k] times scales [n, 1]: the float weight [n, k]."""
+    return _widen_w8(weight, scales)
+
+
+@op(cost=_widening_cost, examples=((Stored((37, 40), FP16),), (Stored((5, 33), FP16),)))
+def widen_fp16(weight: Tensor) -> Tensor:
+    """float16 -> float32, exactly."""
+    return weight.float()
 
 
 @op(cost=_widening_cost, examples=((Stored((37, 40), BF16),), (Stored((5, 33), BF16),)))
@@ -307,11 +359,13 @@ def attention_int8(
     return _stepped(weights, -1, 255) @ _stepped(v, 2) + weights.sum(-1, keepdim=True) * mean
 
 
-QUANTISED = frozenset({linear_w8.target, linear_w4.target, linear_w3.target})
-"""Those with weights of whole numbers, which round the rows of x."""
-WIDENINGS = frozenset({widen_bf16.target, dequantize_w8.target, dequantize_w4.target, dequantize_w3.target})
+QUANTISED = frozenset({linear_w8.target, linear_w4.target, linear_w3.target, linear_fp8.target})
+"""Those with weights of at most 8 bits, which round the rows of x by scales."""
+WIDENINGS = frozenset(
+    op.target for op in (widen_bf16, widen_fp16, dequantize_fp8, dequantize_w8, dequantize_w4, dequantize_w3)
+)
 """From a rounded weight to the float one."""
-LINEARS = frozenset({torch.ops.aten.linear.default, linear_bf16.target, *QUANTISED})
+LINEARS = frozenset({torch.ops.aten.linear.default, linear_bf16.target, linear_fp16.target, *QUANTISED})
 """Every op that computes x W^T + bias with x and W as its first two arguments."""
 ATTENTIONS = frozenset({attention.target, attention_bf16.target, attention_int8.target})
 """Attentions by the arithmetic of their products; their arguments are the same."""

@@ -1,4 +1,4 @@
-"""Rows of x -> whole numbers of 4, 8 or 16 bits times a scale, as the low-bit linear layers read them."""
+"""Rows of x -> whole numbers of 4, 8 or 16 bits, or float8, times a scale, as the low-bit linear layers read them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from torch import Tensor
 
 LARGEST = {4: 7, 8: 127, 16: 32385}
 """The largest whole number of a row of so many bits. Of 16 bits it is 254 q1 + q2 with two numbers of 8 bits."""
+
+FLOAT8, LARGEST_FLOAT8 = torch.float8_e4m3fn, 448.0
+"""Four bits of exponent and three of mantissa, no infinities, and its largest number (Micikevicius et al., 2022)."""
 
 
 def quantize_rows(x: Tensor, bits: int = 8, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -32,6 +35,18 @@ def quantize_rows(x: Tensor, bits: int = 8, step: Tensor | None = None) -> tuple
     high, second = _rounded(x, first), first / 254
     rest = (x.double() - first.double() * high.double()).float()
     return 254 * high + _rounded(rest, second), second
+
+
+def float8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of `FLOAT8` and float32 scales [..., 1], x ~ numbers * scales; float32 throughout.
+
+    The scale is max |x| / 448 over the last axis, the numbers x / scale to nearest with ties to even; a row of zeros
+    has scale 0 and numbers 0.
+    """
+    x = x.float()
+    scale = x.abs().amax(-1, keepdim=True) / LARGEST_FLOAT8
+    quotients = torch.where(scale <= 0, 0.0, x / scale)
+    return quotients.clamp(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(FLOAT8), scale
 
 
 def _rounded(x: Tensor, scale: Tensor) -> Tensor:

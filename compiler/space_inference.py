@@ -16,7 +16,7 @@ Rule = Callable[["Inference", fx.Node], bool]
 """Unifies what a node reads and makes; False: the op keeps no basis, so that all it touches is pinned."""
 
 SIZE_ONLY = (aten.full_like.default, aten.zeros_like.default, aten.ones_like.default, aten.new_zeros.default)
-NARROW = (torch.bfloat16, torch.float16, torch.int8, torch.uint8)
+NARROW = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.uint8)
 VIEWS = (
     aten.reshape.default, aten.permute.default, aten.unsqueeze.default, aten.slice.Tensor, aten.select.int,
     aten.expand.default, aten.clone.default, aten.alias.default,

@@ -38,6 +38,8 @@ PASSES = {
 }
 RECIPES = {
     "bf16": "sylvester.passes.recipes:BF16",
+    "fp16": "sylvester.passes.recipes:FP16",
+    "fp8": "sylvester.passes.recipes:FP8",
     "w4a16": "sylvester.passes.recipes:W4A16",
     "w4a4": "sylvester.passes.recipes:W4A4",
     "w4a8": "sylvester.passes.recipes:W4A8",

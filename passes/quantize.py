@@ -1,4 +1,4 @@
-"""x W^T -> round(x) Q^T: W rounded to bfloat16, or to whole numbers with scales; tied embeddings read the same Q."""
+"""x W^T -> round(x) Q^T: W rounded to short floats or to whole numbers with scales; tied embeddings read the same Q."""
 
 from __future__ import annotations
 
@@ -18,29 +18,35 @@ from sylvester.compiler.quantized_ops import GROUPS
 from sylvester.compiler.weight_places import record, weight_places
 from sylvester.passes.quantize_cache import QuantizeCache
 from sylvester.passes.quantize_fit import STAGE, Fit, decisive
-from sylvester.passes.quantize_plan import WIDTHS, Layer, Plan, pairs, parse_choice, width
+from sylvester.passes.quantize_plan import FP8, FP16, WIDTHS, Layer, Plan, pairs, parse_choice, width
 from sylvester.passes.quantize_round import OPS, SCALINGS, Rounder
 
 PerLayer = Mapping[str, int | str] | tuple[tuple[str, int | str], ...]
 ROWS = (None, 16, 8, 4)
+SHORT = {
+    16: "weights of 16 bits are bfloat16",
+    FP16: "weights in fp16 are read by rows in fp16",
+    FP8: "weights in fp8 have a scale a row, and so have the rows of x",
+}
 
 
 @dataclass(frozen=True)
 class Quantize(Pass):
     """Round the weights of linear layers, and with whole numbers the rows of x as they are read.
 
-    `weights` are bits: 16 (bfloat16), 8, 4 or 3. `activations` are the bits of the rows of x that whole numbers
-    meet: 8, 4, or 16, which None stands for. `kv` rounds caches too, as `QuantizeCache(bits)` does.
-    `group` columns share a scale: 32, 64 or 128; 0 is one scale per row of int8, and 32 for int4 and int3.
+    `weights` are bits: 16 (bfloat16), 8, 4 or 3; or "fp16"; or "fp8" (e4m3, a scale per row of weights and of x).
+    `activations` are the bits of the rows of x that whole numbers meet: 8, 4, or 16, which None stands for. `kv` rounds
+    caches too, as `QuantizeCache(bits)` does.
+    `group` columns of whole numbers share a scale: 32, 64 or 128; 0 is a scale per row of int8, 32 for int4 and int3.
     `method` is "rtn" (nearest, nothing cut off), "mse" (scales searched) or "gptq" (fitted to calibration data).
     `static` takes one scale of x per layer from calibration data instead of one per row.
     `embeddings` rounds tables that no linear layer shares. `skip` names weights to leave, by patterns as "lm_head.*".
-    `per_layer` gives patterns their own bits: {"lm_head.*": 8, "*.down_proj.*": "w8a16", "*.0.*": "float"}.
+    `per_layer` gives patterns their own: {"lm_head.*": 8, "*.down_proj.*": "w8a16", "*.1.*": "fp8", "*.0.*": "float"}.
     """
 
     name: ClassVar[str] = "quantize"
     contract: ClassVar[Contract] = "lossy"
-    weights: Literal[16, 8, 4, 3] = 8
+    weights: Literal[16, 8, 4, 3, "fp16", "fp8"] = 8
     activations: Literal[16, 8, 4] | None = 8
     kv: Literal[16, 8, 4] | None = None
     group: int = 0
@@ -73,7 +79,12 @@ class Quantize(Pass):
         widths = [choice for _, choice in self._plan().choices if not isinstance(choice, str)]
         whole = any(choice.whole for choice in (self._plan().default, *widths))
         if not whole and (self.group or self.activations == 4 or self.static):
-            raise ValueError("weights of 16 bits are bfloat16: no group, no activations of 4 bits, no static scales")
+            raise ValueError(f"{SHORT[self.weights]}: no group, no activations of 4 bits, no static scales")
+        if self.weights == FP8 and (self.activations != 8 or self.method != "rtn"):
+            raise ValueError(
+                f"weights in fp8 are rounded to nearest and read rows of 8 bits: expected activations=8, method='rtn', "
+                f"found activations={self.activations}, method={self.method!r}"
+            )
         if self.static and self.activations in (None, 16):
             raise ValueError(f"static scales need activations of 8 or 4 bits, found {self.activations}")
 

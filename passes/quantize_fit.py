@@ -22,7 +22,7 @@ from sylvester.compiler.program import Program, binding
 from sylvester.compiler.progress import report
 from sylvester.compiler.walk import Walk
 from sylvester.passes.quantize_plan import LINEAR, Layer
-from sylvester.passes.quantize_round import OPS, Rounder
+from sylvester.passes.quantize_round import OPS, Rounder, short_rows
 
 STAGE = "quantize layer"
 
@@ -56,7 +56,7 @@ class Fit:
             self.rounder.replace(layer, self.rounder.tensors(layer))
             if self.rounder.method == "gptq" and layer.uses.linears:
                 self.changes.note(f"{layer.key} is an embedding too: its scales are searched, not fitted by gptq")
-            if self.static and layer.width.activations != 16 and layer.uses.linears:
+            if self.static and layer.width.stepped and layer.uses.linears:
                 self.changes.note(f"{layer.key} is an embedding too: a scale per row instead of a static one")
         widen, stored = OPS[layer.width.weights][1], self._stored(layer)
         for i, ids in enumerate(self.walk.values(arguments(stop)["indices"])):
@@ -98,7 +98,7 @@ class Fit:
     def _step(self, layer: Layer, source: fx.Node, xs: Sequence[Tensor]) -> str | None:
         """The key of the static step, for layers that are run once and round their rows to 8 or 4 bits."""
         bits = layer.width.activations
-        if not self.static or bits == 16:
+        if not self.static or not layer.width.stepped:
             return None
         if self._shared(layer):
             self.changes.note(f"{layer.key} is read more than once: a scale per row instead of a static one")
@@ -121,7 +121,7 @@ class Fit:
 
     def _rounded(self, layer: Layer, x: Tensor) -> Tensor:
         if not layer.width.whole:
-            return x.bfloat16().to(x.dtype)
+            return short_rows(x, layer.width.weights)
         step = self.program.weights[layer.step] if layer.step else None
         return activations.rounded_rows(x, layer.width.activations, step)
 

@@ -19,17 +19,22 @@ from sylvester.compiler.sparse_ops import SPARSE
 
 aten = torch.ops.aten
 LINEAR, EMBEDDING = aten.linear.default, aten.embedding.default
-FLOAT = "float"
-WIDTHS = (16, 8, 4, 3)
+FLOAT, FP16, FP8 = "float", "fp16", "fp8"
+WIDTHS = (16, 8, 4, 3, FP16, FP8)
+NAMES = {16: "bf16", FP16: FP16, FP8: FP8, 8: "int8", 4: "int4", 3: "int3"}
+"""What weights are stored as, by `WIDTHS`; the ends of their keys."""
 LEAST_DEPTH = 32
 """Rows shorter than this gain nothing from whole numbers."""
 
 
 @dataclass(frozen=True)
 class Width:
-    """Bits of a weight (16: bfloat16) and of the rows of x; `group` columns share a scale, or with 0 a whole row."""
+    """Bits of a weight, or its short float, and of the rows of x; `group` columns share a scale, or with 0 a whole row.
 
-    weights: int
+    Rows under float8 are float8, under other short floats they are the same ones.
+    """
+
+    weights: int | str
     activations: int
     group: int
 
@@ -38,8 +43,13 @@ class Width:
         return self.weights in GRIDS
 
     @property
+    def stepped(self) -> bool:
+        """Whether rows may share one scale."""
+        return self.whole and self.activations != 16
+
+    @property
     def name(self) -> str:
-        return f"int{self.weights}" if self.whole else "bf16"
+        return NAMES[self.weights]
 
 
 Choice = Width | str
@@ -63,15 +73,15 @@ def parse_choice(value: object, activations: int, group: int) -> Choice:
         return FLOAT
     if match:
         return width(int(match[1]), int(match[2]), group)
-    if isinstance(value, int) and value in WIDTHS:
+    if isinstance(value, int | str) and value in WIDTHS:
         return width(value, activations, group)
     raise ValueError(f"per_layer gives {value!r}, expected bits {WIDTHS}, {FLOAT!r}, or weights and rows as in 'w8a16'")
 
 
-def width(weights: int, activations: int, group: int) -> Width:
-    """The width with the group that the format needs."""
+def width(weights: int | str, activations: int, group: int) -> Width:
+    """The width with the rows and the group that the format needs."""
     if weights not in GRIDS:
-        return Width(weights, 16, 0)
+        return Width(weights, 8 if weights == FP8 else 16, 0)
     return Width(weights, activations, group or (0 if weights == 8 else SMALLEST_GROUP))
 
 
@@ -165,6 +175,8 @@ class Plan:
 
 def _fitting(wanted: Width, depth: int, changes: Changes) -> Width:
     """The next wider format where rows of this depth do not fill whole bytes."""
+    if not isinstance(wanted.weights, int):
+        return wanted
     bits = next(b for b in sorted({wanted.weights, *GRIDS}) if b >= wanted.weights and not _left_over(b, depth))
     if bits == wanted.weights:
         return wanted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -13,19 +13,23 @@ from sylvester.compiler.clipping import clipped
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.finished import Finished
 from sylvester.compiler.gptq import Prepared, round_gptq
+from sylvester.compiler.ops import Op
 from sylvester.compiler.program import Program
-from sylvester.compiler.quantization import Scaling, round_bf16, round_weight, widest
+from sylvester.compiler.quantization import Scaling, round_bf16, round_fp8, round_fp16, round_weight, widest
 from sylvester.compiler.quantized_ops import row_slices
-from sylvester.passes.quantize_plan import Layer
+from sylvester.compiler.quantized_rows import float8_rows
+from sylvester.passes.quantize_plan import FP8, FP16, Layer
 
 SCALINGS: dict[str, Scaling] = {"rtn": widest, "mse": clipped, "gptq": clipped}
-OPS = {
+OPS: Mapping[int | str, tuple[Op, Op]] = {
     16: (dialect.linear_bf16, dialect.widen_bf16),
+    FP16: (dialect.linear_fp16, dialect.widen_fp16),
+    FP8: (dialect.linear_fp8, dialect.dequantize_fp8),
     8: (dialect.linear_w8, dialect.dequantize_w8),
     4: (dialect.linear_w4, dialect.dequantize_w4),
     3: (dialect.linear_w3, dialect.dequantize_w3),
 }
-"""Bits of a weight -> the layer that reads it, and the float weight it stands for."""
+"""Bits of a weight, or its short float -> the layer that reads it, and the float weight it stands for."""
 
 
 class Rounder:
@@ -36,7 +40,7 @@ class Rounder:
         self.finished = Finished(chain((method,), about))
 
     def tensors(self, layer: Layer, inputs: Callable[[], Prepared] | None = None) -> tuple[Tensor, ...]:
-        """bfloat16 numbers, or whole numbers and scales; `inputs` are asked for only where they are needed."""
+        """Short floats, float8 or whole numbers and scales; `inputs` are asked for only where they are needed."""
         weight = self.program.weights[layer.key]
         _require_finite(layer.key, weight)
         if self.method == "rtn":
@@ -52,8 +56,8 @@ class Rounder:
 
     def _rounded(self, layer: Layer, weight: Tensor, inputs: Callable[[], Prepared] | None) -> tuple[Tensor, ...]:
         width, scaling = layer.width, SCALINGS[self.method]
-        if not width.whole:
-            return (round_bf16(weight),)
+        if not isinstance(width.weights, int) or not width.whole:
+            return _short(layer, weight)
         if inputs is None or self.method != "gptq":
             return round_weight(weight, width.weights, width.group, scaling)
         try:
@@ -69,6 +73,27 @@ class Rounder:
         for name, tensor in zip(layer.stored, tensors, strict=True):
             weights[name] = tensor
         del weights[layer.key]
+
+
+def _short(layer: Layer, weight: Tensor) -> tuple[Tensor, ...]:
+    """To nearest, whatever the method."""
+    if layer.width.weights == FP8:
+        return round_fp8(weight)
+    if layer.width.weights != FP16:
+        return (round_bf16(weight),)
+    try:
+        return (round_fp16(weight),)
+    except ValueError as error:
+        hint = f"round it to bfloat16, or leave it in float: Quantize('fp16', per_layer={{{layer.key!r}: 16}})"
+        raise CompileError(f"the weight {layer.key!r} holds {error}", hint=hint) from error
+
+
+def short_rows(x: Tensor, format: int | str) -> Tensor:
+    """x as a layer with weights of this short float reads it."""
+    if format != FP8:
+        return x.to(torch.float16 if format == FP16 else torch.bfloat16).to(x.dtype)
+    numbers, scale = float8_rows(x)
+    return numbers.to(x.dtype) * scale
 
 
 def _require_finite(key: str, weight: Tensor) -> None:

@@ -19,9 +19,9 @@ FITTED = 4
 """Weights of so many bits or fewer are worth fitting."""
 ROOM = 1 << 30
 """Bytes of widened weights that are kept."""
-READERS: dict[Any, int] = {linear.target: bits for bits, (linear, _) in OPS.items()}
+READERS: dict[Any, int] = {linear.target: bits for bits, (linear, _) in OPS.items() if isinstance(bits, int)}
 Stored = tuple[int, tuple[Tensor, ...]]
-WIDENED: dict[Any, int] = {widen.target: bits for bits, (_, widen) in OPS.items()}
+WIDENED: dict[Any, int] = {widen.target: bits for bits, (_, widen) in OPS.items() if isinstance(bits, int)}
 
 
 @dataclass

@@ -23,7 +23,7 @@ from sylvester.codegen.gpu_matmul import (
 from sylvester.codegen.gpu_rows import candidates, quantize_grid
 from sylvester.codegen.gpu_rows import quantize_rows as rows_kernel
 from sylvester.compiler.errors import CompileError
-from sylvester.compiler.quantized_rows import quantize_rows
+from sylvester.compiler.quantized_rows import float8_rows, quantize_rows
 from tests.gpu import builds, run
 from tests.gpu_linears import DTYPES, norm_types, normalised, problem, result
 
@@ -33,6 +33,7 @@ FORMS = {
     "bfloat16, gated": Linear("fp32", "bf16", "fp32", bias="fp32", activation="silu", gated=True, residual="fp32"),
     "float16, after a norm": Linear("fp16", "fp16", "fp32", norm=RMS, activation="gelu"),
     "float8 by a step": Linear("fp32", "fp8e4nv", "fp32", rounding="step", bias="fp32"),
+    "float8, rows rounded": Linear("fp32", "fp8e4nv", "fp32", rounding="rows", norm=RMS, gated=True, activation="silu"),
     "float8 rows": Linear("fp8e4nv", "fp8e4nv", "fp32", rounding="given", activation="relu"),
     "int8 rows": Linear("i8", "i8", "fp32", rounding="given", bias="fp32", residual="fp32"),
     "int8, rows rounded": Linear("fp32", "i8", "fp32", rounding="rows", norm=LAYER, activation="gelu_tanh"),
@@ -45,7 +46,7 @@ FORMS = {
     "int3 rows": Linear("i8", "i3", "fp32", group=32, rounding="given"),
     "int3, float rows": Linear("fp32", "i3", "fp32", group=128, precision="ieee"),
 }
-QUICK = ("float16, after a norm", "float8 rows", "int8 rows", "int8, a step", "int4, float rows", "int3 rows")
+QUICK = ("float16, after a norm", "float8, rows rounded", "int8 rows", "int8, a step", "int4, float rows", "int3 rows")
 """Left to the night: forms that differ from these by what products of many rows are tested with."""
 
 
@@ -90,6 +91,25 @@ def test_tiles_share_columns_and_rows_of_any_stride():
     run(made, grid(Tile(16, 16, 16), m, n), x=wide, y=y, **arguments, **sizes)
     torch.testing.assert_close(y[:, :n].double(), expected, atol=1e-2, rtol=2**-8)
     assert not y[:, n:].any()
+
+
+@pytest.mark.parametrize(("k", "norm"), [(300, None), (300, RMS), (8192 + 96, None)])
+def test_rows_become_float8(k: int, norm: Norm | None):
+    m = 5
+    x = torch.randn(m, k) * torch.logspace(-3, 3, m)[:, None]
+    x[1], x[2, 7] = 0, torch.nan
+    linear = Linear("fp32", "fp8e4nv", "fp32", rounding="rows", norm=norm)
+    held = {name: torch.randn(k) for name in norm_types(linear)}
+    numbers, scales = torch.empty(m, k, dtype=torch.float8_e4m3fn), torch.empty(m)
+    run(rows_kernel("fp32", k, norm, numbers="fp8e4nv"), quantize_grid(m, k), x=x, numbers=numbers, scales=scales,
+        **held, m=m, k=k, x_row=k, numbers_row=k)  # fmt: skip
+    expected, scale = float8_rows(normalised(linear, x.double(), held))
+    kept = [0, 1, 3, 4]
+    torch.testing.assert_close(scales[kept, None], scale[kept], rtol=1e-5, atol=0)
+    assert (numbers.float() * scales[:, None])[2].isnan().any()
+    if norm is None:
+        assert torch.equal(numbers[kept].view(torch.uint8) & 127, expected[kept].view(torch.uint8) & 127)
+    assert (numbers[kept].float() == expected[kept].float()).double().mean() > 0.995
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -172,6 +192,8 @@ def test_machine_code_of_rows_and_sums():
 def test_float8_has_no_machine_code_for_ampere():
     made = kernel(FORMS["float8 by a step"], Tile(64, 64, 64), 512, ALIGNED)
     builds(made, ("sm_89", "sm_90"))
+    builds(gemv(FORMS["float8, rows rounded"], Tile(1, 8, 256), 1, 4096, ALIGNED), ("sm_89", "sm_90"))
+    builds(rows_kernel("fp32", 4096, RMS, numbers="fp8e4nv"), ("sm_89", "sm_90"))
     with pytest.raises(CompileError, match="fp8e4nv"):
         builds(made, ("sm_80",))
 
@@ -182,7 +204,7 @@ def test_float8_has_no_machine_code_for_ampere():
         (lambda: Linear("fp32", "i2", "fp32"), "a weight in 'i2'"),
         (lambda: Linear("fp32", "bf16", "fp32", group=32), "groups of 32"),
         (lambda: Linear("fp32", "bf16", "fp32", rounding="rows"), "rounded rows for a weight in bf16"),
-        (lambda: Linear("fp32", "fp8e4nv", "fp32"), "'given' or 'step'"),
+        (lambda: Linear("fp32", "fp8e4nv", "fp32"), "floats for an fp8 weight, expected rounded rows"),
         (lambda: Linear("i8", "i8", "fp32"), "x in 'i8'"),
         (lambda: Linear("fp32", "i8", "fp32", bits=16, rounding="rows"), "rows of 16 bits"),
         (lambda: gemv(FORMS["float32"], Tile(1, 8, 64), 5, 64), "5 rows"),

@@ -14,9 +14,9 @@ from sylvester.compiler.cost import node_cost
 from sylvester.compiler.ops import Op
 from sylvester.compiler.packing import packed3, packed4, unpacked3, unpacked4
 from sylvester.compiler.program import Program, value
-from sylvester.compiler.quantization import round_bf16, round_int3, round_int4, round_int8
+from sylvester.compiler.quantization import round_bf16, round_fp8, round_fp16, round_int3, round_int4, round_int8
 from sylvester.compiler.quantized_ops import ROWS_AT_ONCE
-from sylvester.compiler.quantized_rows import LARGEST, quantize_rows
+from sylvester.compiler.quantized_rows import FLOAT8, LARGEST, quantize_rows
 from sylvester.compiler.weights import ParameterStore
 from tests.programs import ops, program
 
@@ -204,6 +204,8 @@ def test_biases_are_added_and_the_result_has_the_type_of_the_rows() -> None:
     x, bias = torch.randn(2, 3, 64), torch.randn(4)
     cases = {
         dialect.linear_bf16: (round_bf16(torch.randn(4, 64)),),
+        dialect.linear_fp16: (round_fp16(torch.randn(4, 64)),),
+        dialect.linear_fp8: round_fp8(torch.randn(4, 64)),
         dialect.linear_w8: round_int8(torch.randn(4, 64)),
         dialect.linear_w4: round_int4(torch.randn(4, 64)),
         dialect.linear_w3: round_int3(torch.randn(4, 64)),
@@ -264,6 +266,8 @@ def test_widening_is_numbers_times_scales() -> None:
     odd = torch.randint(-128, 128, (5, 41), dtype=torch.int8)
     assert dialect.dequantize_w8(odd, scales).equal(odd * scales.repeat_interleave(32, 1)[:, :41])
     assert dialect.widen_bf16(torch.ones(2, 3).bfloat16()).dtype == torch.float32
+    assert dialect.widen_fp16(torch.ones(2, 3).half()).dtype == torch.float32
+    assert dialect.dequantize_fp8(odd.to(FLOAT8), scales[:, :1]).equal(odd.to(FLOAT8).float() * scales[:, :1])
 
 
 def mixed() -> Program:
@@ -271,15 +275,18 @@ def mixed() -> Program:
 
     def function(x: Tensor, short: Tensor, w8: Tensor, s8: Tensor, w4: Tensor, s4: Tensor, *w3: Tensor) -> Tensor:
         y = dialect.linear_bf16(x, short) + dialect.linear_w8(x, w8, s8) + dialect.linear_w4(x, w4, s4)
-        y = y + dialect.linear_w3(x, *w3[:2], None, 4, w3[2])
+        y = y + dialect.linear_w3(x, *w3[:2], None, 4, w3[2]) + dialect.linear_fp8(x, *w3[3:5])
+        y = y + dialect.linear_fp16(x, w3[5])
         tables = dialect.widen_bf16(short) + dialect.dequantize_w8(w8, s8) + dialect.dequantize_w4(w4, s4)
-        tables = tables + dialect.dequantize_w3(*w3[:2])
+        tables = tables + dialect.dequantize_w3(*w3[:2]) + dialect.dequantize_fp8(*w3[3:5]) + dialect.widen_fp16(w3[5])
         return torch.cat((y, x @ tables.T), -1)
 
     weight = torch.randn(6, 64)
     (w8, s8), (w4, s4), (w3, s3) = round_int8(weight), round_int4(weight, 64), round_int3(weight, 64)
     stored = {"short": round_bf16(weight), "w8": w8, "s8": s8, "w4": w4, "s4": s4, "w3": w3, "s3": s3}
     stored["step"] = torch.tensor([0.25])
+    stored["w8f"], stored["s8f"] = round_fp8(weight)
+    stored["h16"] = round_fp16(weight)
     return program(function, torch.randn(3, 5, 64), weights=stored)
 
 
@@ -301,6 +308,8 @@ def test_stores_keep_low_bit_tensors(tmp_path) -> None:
     store = ParameterStore(
         {
             "half": torch.randn(3, 5).bfloat16(),
+            "float16": torch.randn(3, 5).half(),
+            "float8": torch.randn(3, 5).to(FLOAT8),
             "whole": torch.randint(-128, 128, (3, 5), dtype=torch.int8),
             "packed": torch.randint(0, 256, (3, 5), dtype=torch.uint8),
         }
@@ -310,7 +319,7 @@ def test_stores_keep_low_bit_tensors(tmp_path) -> None:
     loaded = ParameterStore.load(tmp_path / "w.safetensors")
 
     assert all(loaded[key].equal(tensor) and loaded[key].dtype == tensor.dtype for key, tensor in store.items())
-    assert loaded.nbytes == 3 * 5 * 4
+    assert loaded.nbytes == 3 * 5 * 7
 
 
 def test_costs_count_the_bytes_that_are_stored() -> None:
@@ -321,6 +330,9 @@ def test_costs_count_the_bytes_that_are_stored() -> None:
     assert costs[dialect.linear_w4.target].flops == 2 * rows * k * n
     assert costs[dialect.linear_bf16.target].bytes == moved + 2 * n * k
     assert costs[dialect.linear_w8.target].bytes == moved + n * k + 4 * n
+    assert costs[dialect.linear_fp8.target].bytes == moved + n * k + 4 * n
+    assert costs[dialect.linear_fp16.target].bytes == moved + 2 * n * k
+    assert costs[dialect.dequantize_fp8.target].bytes == n * k + 4 * n + 4 * n * k
     assert costs[dialect.linear_w4.target].bytes == moved + n * k // 2 + 4 * n
     assert costs[dialect.linear_w3.target].flops == 2 * rows * k * n
     assert costs[dialect.linear_w3.target].bytes == moved + 3 * n * k // 8 + 4 * n + 4

@@ -11,35 +11,37 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sylvester.backends.base import Backend
-from sylvester.backends.cpu import require_float32
 from sylvester.backends.cuda.choice import PLAIN, TOP_K, TOP_P
 from sylvester.backends.cuda.compile import Cubin, build
 from sylvester.backends.cuda.modules import require_triton
 from sylvester.backends.cuda.plan_file import StoredKernel, described
 from sylvester.backends.cuda.runtime import FILE, VERSION
 from sylvester.backends.cuda.tune import tiles
+from sylvester.backends.float_types import READERS, require_float32
 from sylvester.backends.identity import measurements
 from sylvester.backends.packed_weights import stored_tensors
 from sylvester.backends.signature import manifest
 from sylvester.backends.tensor_writer import Deferred, write_tensors
 from sylvester.codegen.compile import hints_of
-from sylvester.codegen.gpu_architectures import SHARED, USUAL
+from sylvester.codegen.gpu_architectures import SHARED, USUAL, has_float8
 from sylvester.codegen.gpu_kernel import Kernel
 from sylvester.codegen.gpu_norms import best, draw
 from sylvester.codegen.gpu_plan import GpuEntry, gpu_entries, verifies
-from sylvester.compiler.errors import CompileError
+from sylvester.compiler.errors import CompileError, Unsupported
 from sylvester.compiler.manifest import WEIGHTS, Manifest
 from sylvester.compiler.parallel_ops import RANKS
 from sylvester.compiler.program import Program
 from sylvester.compiler.progress import Progress
+from sylvester.compiler.quantized_rows import FLOAT8
 from sylvester.compiler.stages import DRAFT
 from sylvester.compiler.target import Target
 
+FLOAT8_NEEDS = "weights in float8 need compute capability 8.9, that of sm_89 and later"
 TREES = "generation drafts nothing: attention over trees of drafts rounds otherwise than over a text on GPUs"
 
 
 class Cuda(Backend):
-    """`Target.arch` chooses one architecture, such as "sm_90"; by default there are cubins for `USUAL`."""
+    """`Target.arch` chooses one architecture, such as "sm_90"; without, cubins are for those of `USUAL` that can."""
 
     name: ClassVar[str] = "cuda"
     tunes: ClassVar[bool] = True
@@ -51,9 +53,9 @@ class Cuda(Backend):
         return ("cuda", metadata.version("triton") if find_spec("triton") else "", *archs, known)
 
     def build(self, program: Program, target: Target, folder: Path, progress: Progress) -> Manifest:
-        archs = architectures(target)
+        archs, left_out = _capable(program, architectures(target))
         require_triton()
-        require_float32(program)
+        require_float32(program, self.name, READERS)
         tuning = tiles(program, gpu_entries(program, archs), archs, target.tune, progress)
         entries = tuning.entries
         weights = {name: _weights(entry) for name, entry in entries.items()}
@@ -69,7 +71,8 @@ class Cuda(Backend):
         data["choice"] = {role: numbers[kernel.key] for role, kernel in choice.items()}
         (folder / FILE).write_text(json.dumps(data) + "\n", encoding="utf-8")
         write_tensors(folder / WEIGHTS, _tensors(program, entries))
-        told = [note for entry in entries.values() for note in entry.notes]
+        told = [f"{FLOAT8_NEEDS}: no code for {', '.join(left_out)}"] if left_out else []
+        told += [note for entry in entries.values() for note in entry.notes]
         told += [TREES] if DRAFT in program.info and not verifies(program) else []
         self.notes = list(dict.fromkeys([f"{len(kernels)} kernels for {', '.join(archs)}", *told, *tuning.notes]))
         self.fusions = [fusion for entry in entries.values() for fusion in entry.fusions]
@@ -84,6 +87,19 @@ def architectures(target: Target) -> tuple[str, ...]:
             hint="sm_80 is A100, sm_86 RTX 30, sm_89 RTX 40 and L4, sm_90 H100, sm_100 B200, sm_120 RTX 50",
         )
     return (target.arch,) if target.arch else USUAL
+
+
+def _capable(program: Program, archs: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Those of the architectures that have the arithmetic of the program, and the others; `Unsupported` for none."""
+    used = any(entry.calls(*READERS[FLOAT8]) for entry in program.entries.values())
+    left_out = tuple(arch for arch in archs if used and not has_float8(arch))
+    kept = tuple(arch for arch in archs if arch not in left_out)
+    if not kept:
+        raise Unsupported(
+            f"{FLOAT8_NEEDS}, found arch={left_out[0]!r}",
+            hint="compile for sm_89 or later, or round to int8 (passes='w8a8'), which all of them multiply",
+        )
+    return kept, left_out
 
 
 def choosing() -> dict[str, Kernel]:

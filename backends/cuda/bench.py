@@ -135,12 +135,19 @@ def _values(site: Site, name: str) -> Array:
         return (random.standard_normal(count, np.float32).view(np.uint32) >> 16).astype(np.uint16)
     if buffer.dtype in ("f32", "f64"):
         return random.standard_normal(count, np.float32).astype(np.float64 if buffer.dtype == "f64" else np.float32)
+    if buffer.dtype == "f16":
+        return random.standard_normal(count, np.float32).astype(np.float16)
+    if buffer.dtype == "fp8":
+        finite: Array = random.integers(0, NAN8, count, np.uint8)
+        return np.asarray(finite | random.integers(0, 2, count, np.uint8) << 7)
     if buffer.dtype in ("i64", "i32", "b8"):
         held = site.numbers.get("keys", 0) - site.numbers.get("rows", 0)
         return np.full(count, max(0, held // 2) if buffer.dtype == "i64" else 0, NUMPY[buffer.dtype])
     return random.integers(0, 256, count, np.uint8)
 
 
+NAN8 = 0x7F
+"""The first bits of float8 that are no number."""
 NUMPY = {"i64": np.int64, "i32": np.int32, "b8": np.uint8}
 
 

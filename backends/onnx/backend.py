@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from sylvester.backends.base import Backend
-from sylvester.backends.cpu import require_float32
+from sylvester.backends.float_types import require_float32
 from sylvester.backends.onnx import parity
 from sylvester.backends.onnx.builder import Builder
 from sylvester.backends.onnx.options import IR_VERSION, Options
@@ -69,7 +69,7 @@ class Onnx(Backend):
 
     def build(self, program: Program, target: Target, folder: Path, progress: Progress) -> Manifest:
         options = Options.parse(target.options)
-        require_float32(program)
+        require_float32(program, self.name)
         require_translations(program)
         store = Store(program, folder)
         written: dict[str, tuple[Builder, ir.Model]] = {}

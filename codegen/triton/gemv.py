@@ -40,8 +40,8 @@ def columns(
     mean, factor, scale = prologue(
         x, x_at, r_in, x_scales, norm_weight, norm_bias, k, eps, NORM, WEIGHTED, SHIFTED, ROUND, MOST
     )  # fmt: skip
-    SUM: tl.constexpr = tl.int32 if MOST > 0 else tl.float32
-    acc = tl.zeros((ROWS, BLOCK_N, BLOCK_K // LANES), tl.int32 if MOST > 0 and GROUP == 0 else tl.float32)
+    SUM: tl.constexpr = tl.int32 if TYPE == "i8" else tl.float32
+    acc = tl.zeros((ROWS, BLOCK_N, BLOCK_K // LANES), tl.int32 if TYPE == "i8" and GROUP == 0 else tl.float32)
     up_acc = acc
     part = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLITS) * BLOCK_K
     first = tl.program_id(1) * part

@@ -25,15 +25,13 @@ def x_tile(
     NORM: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, ROUND: tl.constexpr, MOST: tl.constexpr,
     EVEN: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """[rows, BLOCK_K] of x: normalised, then in units of its scale: whole numbers where MOST > 0, floats otherwise."""
+    """[rows, BLOCK_K] of x: normalised, then where MOST > 0 in units of its scale, as `to_numbers` gives them."""
     if NORM == "none" and (ROUND == "none" or ROUND == "given"):
         v = stored_tile(x, at, start, k, EVEN, BLOCK_K)
     else:
         v = float_tile(x, at, start, k, mean, factor, norm_weight, norm_bias, NORM, WEIGHTED, SHIFTED, EVEN, BLOCK_K)
         if MOST > 0:
             v = to_numbers(v, scale, MOST)
-        elif ROUND == "step":
-            v = tl.div_rn(v, tl.zeros(v.shape, tl.float32) + scale[:, None])
     return v
 
 

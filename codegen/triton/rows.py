@@ -1,4 +1,4 @@
-"""Rows of x on their way to a product: normalised, then rounded to whole numbers times a scale."""
+"""Rows of x on their way to a product: normalised, then rounded to whole numbers or float8 times a scale."""
 
 import triton
 import triton.language as tl
@@ -56,11 +56,20 @@ def float_tile(
 
 @triton.jit
 def to_numbers(v, scale, MOST: tl.constexpr):
-    """int8 numbers of v [rows, columns] by scales [rows], cut at MOST; 0 for a scale that is not positive."""
+    """Numbers of v [rows, columns] by scales [rows], cut at MOST; 0 for a scale that is not positive.
+
+    They are int8 or, with MOST of 448, float8, where NaN stays one.
+    """
     positive = scale > 0
     v = tl.div_rn(v, tl.where(positive, scale, 1.0)[:, None])
-    v = tl.minimum(tl.maximum(nearest(v), -MOST * 1.0), MOST * 1.0)
-    return tl.where(positive[:, None], v, 0.0).to(tl.int8)
+    if MOST == 448:
+        v = tl.maximum(v, -448.0, propagate_nan=tl.PropagateNan.ALL)
+        v = tl.minimum(v, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        v = tl.where(positive[:, None] | (v != v), v, 0.0).to(tl.float8e4nv)
+    else:
+        v = tl.minimum(tl.maximum(nearest(v), -MOST * 1.0), MOST * 1.0)
+        v = tl.where(positive[:, None], v, 0.0).to(tl.int8)
+    return v
 
 
 @triton.jit
@@ -83,7 +92,7 @@ def quantize_rows(
     NORM: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr,
     EVEN: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """int8 numbers [m, k <= BLOCK_K] of normalised rows of x, read once, and their scales [m]."""
+    """Numbers [m, k <= BLOCK_K] of normalised rows of x, read once, and their scales [m]."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = r < m
     r = tl.minimum(r, m - 1).to(tl.int64)

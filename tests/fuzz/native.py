@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from sylvester.backends import cpu_runtime, reference
-from sylvester.backends.cpu import Cpu, require_float32
+from sylvester.backends.cpu import Cpu
+from sylvester.backends.float_types import require_float32
 from sylvester.backends.null import Null
 from sylvester.backends.packed_weights import stored_tensors
 from sylvester.backends.signature import manifest
@@ -38,7 +39,7 @@ Failures = dict[str, Exception]
 def refusal(program: Program) -> Unsupported | None:
     """Why no native code can be made of the program; anything but `Unsupported` is an error."""
     try:
-        require_float32(program)
+        require_float32(program, Cpu.name)
         compile_program(program)
     except Unsupported as error:
         return error
