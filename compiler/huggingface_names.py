@@ -16,8 +16,8 @@ from sylvester.compiler.lockstep import matching_weights
 from sylvester.compiler.program import Program, binding, is_weight
 
 HINT = (
-    "leave out what made it: a folder can say rounded weights, folded rotations (RotateHadamard(ffn=False, "
-    "online=False)), skipped parts and shared tensors"
+    "leave out what made it: a folder can say weights in bfloat16 or whole numbers, folded rotations "
+    "(RotateHadamard(ffn=False, online=False)), skipped parts and shared tensors"
 )
 
 

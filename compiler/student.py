@@ -160,7 +160,7 @@ def trainable(student: Student, patterns: tuple[str, ...], embeddings: bool) -> 
             looked_up = node.target is aten.embedding.default and is_weight(node.args[0])
             tables |= {binding(cast(fx.Node, node.args[0])).key} if looked_up else set()
             meets |= set(keys) if looked_up or any(u in data for u in node.all_input_nodes) else set()
-            rounded |= set(keys) if any(not program.weights[key].is_floating_point() for key in keys) else set()
+            rounded |= set(keys) if any(_few_bits(program.weights[key]) for key in keys) else set()
     reached = [key for key in student.weights if key in meets]
     named = [key for key in reached if any(p == "all" or fnmatchcase(key, p) for p in patterns)]
     if not named:
@@ -177,6 +177,11 @@ def trainable(student: Student, patterns: tuple[str, ...], embeddings: bool) -> 
         hint = "fine-tune before quantising, or give embeddings=True" if notes else "give another pattern"
         raise CompileError(f"nothing is trainable: {'; '.join(notes) or 'no weight is finite'}", hint=hint)
     return Choice(tuple(chosen), notes)
+
+
+def _few_bits(weight: Tensor) -> bool:
+    """Whole numbers, or float8."""
+    return not weight.is_floating_point() or weight.itemsize == 1
 
 
 def _data(entry: Entry) -> set[fx.Node]:

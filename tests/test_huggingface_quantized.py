@@ -244,6 +244,7 @@ def test_without_the_loader_nothing_is_made_up(rounded, tmp_path, monkeypatch):
         ((QuantizeCache(),), r"the cache 'k0' holds torch.bfloat16, the architecture has torch.float32"),
         ((Quantize(kv=8),), r"the cache 'k0' holds torch.uint8"),
         ((QuantizeAttention(),), r"attention_bf16\(.*\) made by 'quantize-attention' at model.layers.1.self_attn"),
+        ((Quantize("fp8"),), r"linear_fp8\(.*\) made by 'quantize' at model.layers.2.self_attn"),
         ((FoldNorms(), RotateHadamard()), r"hadamard\(.*\) made by 'rotate-hadamard' at model.layers.1.mlp"),
     ],
 )
