@@ -103,10 +103,10 @@ def _scaled_product(
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def _short_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Rows rounded to the type of the weight, sums in float32, or in float64 for such an x."""
+def _short_product(x: Tensor, weight: Tensor, bias: Tensor | None, short: torch.dtype) -> Tensor:
+    """Rows rounded to `short`, sums in float32, or in float64 for such an x."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = by_slices(x.to(weight.dtype).to(wide), lambda w: w.to(wide), weight)
+    y = by_slices(x.to(short).to(wide), lambda w: w.to(wide), weight)
     return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -132,7 +132,7 @@ def _widen_w3(weight: Tensor, scales: Tensor) -> Tensor:
 )
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias with x and weight [n, k] rounded to bfloat16, summed in float32, or in float64 for such an x."""
-    return _short_product(x, weight, bias)
+    return _short_product(x, weight, bias, BF16)
 
 
 @op(
@@ -145,7 +145,7 @@ def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 )
 def linear_fp16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear_bf16` in float16: values of x beyond 65504 become infinite."""
-    return _short_product(x, weight, bias)
+    return _short_product(x, weight, bias, FP16)
 
 
 @op(

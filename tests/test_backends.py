@@ -83,8 +83,11 @@ def named(prefix: str, cases: Iterator[Case]) -> dict[str, Case]:
 
 
 ATEN = named("aten", iter(CASES))
-NOT_NATIVE = {dialect.all_reduce.default}
-"""Ops that run in PyTorch only: sums over processes."""
+NOT_NATIVE = {
+    dialect.all_reduce.default,
+    *(getattr(dialect, name).default for name in ("linear_fp16", "widen_fp16", "linear_fp8", "dequantize_fp8")),
+}
+"""Ops that run in PyTorch and on GPUs only: sums over processes, weights in float16 and float8."""
 DIALECT = named("dialect", (v for op in OPS.values() for example in op.examples for v in variants(op, example)))
 ALL = ATEN | {name: case for name, case in DIALECT.items() if case.target not in NOT_NATIVE}
 

@@ -28,7 +28,7 @@ EXAMPLES = [
 FIRST = dict(reversed(EXAMPLES))
 COMMON = (
     *("attention", "attention_q", "kv_update", "hadamard", "widen_bf16", "linear_bf16", "linear_w8", "linear_w4"),
-    "linear_w3",
+    *("linear_w3", "linear_fp8", "dequantize_fp8", "linear_fp16", "widen_fp16"),
 )
 
 
