@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.cuda.__main__ import main
+from benchmarks.cuda.__main__ import _engines, main
 from benchmarks.cuda.works import Sizes, Work
 from benchmarks.suite import sizes
 from sylvester.compiler.errors import Unsupported
@@ -39,6 +40,16 @@ def test_without_a_gpu_it_says_so():
 def test_unknown_works_are_named():
     with pytest.raises(SystemExit, match="no work begins with"):
         main(["--rehearse", "--works", "X"])
+
+
+def test_float8_is_measured_on_prompts_where_it_can_be():
+    def precisions(arch, kind):
+        machine = SimpleNamespace(arch=arch, rehearsal=True)
+        return [precision for engine, precision in _engines(machine, Work("S", kind, 1)) if engine == "sylvester"]
+
+    assert precisions("sm_90", "prefill") == ["bf16", "int8", "fp8", "int4"]
+    assert precisions("sm_90", "decode") == precisions("sm_80", "prefill") == ["bf16", "int8", "int4"]
+    assert Work("S", "prefill", 1).bytes_read("fp8", Sizes()) == Work("S", "prefill", 1).bytes_read("int8", Sizes())
 
 
 def test_what_bounds_a_step():

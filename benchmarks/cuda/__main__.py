@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.cuda import kernels
-from benchmarks.cuda.engines import RECIPES, Step, our_step, ours, torch_step, torchao
+from benchmarks.cuda.engines import FROM, RECIPES, Step, our_step, ours, torch_step, torchao
 from benchmarks.cuda.machine import Machine, found
 from benchmarks.cuda.works import BANDWIDTH_GOAL, WORKS, Sizes, Work
 from benchmarks.measure import seconds
@@ -35,6 +35,7 @@ REHEARSED = {
     "intermediate_size": 96, "vocab_size": 100, "rope_theta": 1e4, "max_position_embeddings": 64,
 }  # fmt: skip
 PYTORCH = ("torch", "torch.compile")
+PEAKS = ("bf16", "int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     print(
         f"{machine.name}, {machine.device.arch}, torch {torch.__version__}, {platform.machine()}, {time.strftime('%F')}"
     )
-    limits = {kind: machine.peak(kind) for kind in ("bf16", "int8")} | {"copy": machine.bandwidth()}
-    told = (f"copy {limits['copy'] / 1e9:.0f} GB/s", *(f"{k} {limits[k] / 1e12:.1f} T/s" for k in ("bf16", "int8")))
+    peaks = [kind for kind in PEAKS if machine.arch >= FROM.get(kind, "")]
+    limits = {kind: machine.peak(kind) for kind in peaks} | {"copy": machine.bandwidth()}
+    told = (f"copy {limits['copy'] / 1e9:.0f} GB/s", *(f"{k} {limits[k] / 1e12:.1f} T/s" for k in peaks))
     print(", ".join(told))
     rows: list[Row] = []
     try:
@@ -101,7 +103,7 @@ def measured(machine: Machine, work: Work, sizes: Sizes, options: argparse.Names
     del model
     steps: dict[tuple[str, str], Step] = {}
     rows = []
-    for engine, precision in _engines(machine):
+    for engine, precision in _engines(machine, work):
         try:
             steps[engine, precision] = _step(machine, work, ids, sizes, options, checkpoint, engine, precision)
             steps[engine, precision]()
@@ -130,8 +132,10 @@ def kept(shape: str, models: Path) -> Checkpoint:
     return Checkpoint(shape, models)
 
 
-def _engines(machine: Machine) -> Iterator[tuple[str, str]]:
-    yield from (("sylvester", precision) for precision in RECIPES)
+def _engines(machine: Machine, work: Work) -> Iterator[tuple[str, str]]:
+    """float8 is for prompts: one token reads as many bytes in int8."""
+    kept = (p for p in RECIPES if machine.arch >= FROM.get(p, "") and (p != "fp8" or work.kind == "prefill"))
+    yield from (("sylvester", precision) for precision in kept)
     yield from ((engine, "bf16") for engine in (PYTORCH if not machine.rehearsal else PYTORCH[:1]))
     if not machine.rehearsal:
         yield from (("torchao", precision) for precision in ("int8", "int4"))
@@ -156,7 +160,7 @@ def report(rows: Sequence[Row], work: Work, sizes: Sizes, limits: dict[str, floa
         if row.failure:
             print(f"{work.name:16} {row.engine:14} {row.precision:5} {row.failure}")
             continue
-        rate = limits["bf16" if row.precision == "bf16" else "int8"]
+        rate = limits[row.precision if row.precision in limits else "int8"]
         bound = 1e3 * max(work.operations(sizes) / rate, work.bytes_read(row.precision, sizes) / limits["copy"])
         name = f"{work.name:16} {row.engine:14} {row.precision:5} {row.median:9.3f} ms"
         part = f"{best / row.median:5.2f}x of bf16, {bound / row.median:4.0%} of the bound"

@@ -26,8 +26,11 @@ Step = Callable[[], NDArray[np.int64]]
 RECIPES: dict[str, Any] = {
     "bf16": "bf16",
     "int8": [sv.passes.RotateHadamard(), sv.passes.Quantize(weights=8), *SHORT],
+    "fp8": "fp8",
     "int4": "w4a8",
 }
+FROM = {"fp8": "sm_89"}
+"""The least architectures that have the arithmetic of a precision."""
 
 
 def ours(machine: Machine, folder: Path, precision: str, sizes: Sizes, tune: float | None) -> Compiled:

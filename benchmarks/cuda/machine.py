@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 import sylvester as sv
 from benchmarks.measure import seconds
@@ -24,6 +25,18 @@ from sylvester.compiler.manifest import read
 
 COPIED, SIDE = 1 << 30, 8192
 """Bytes of a copy that measures bandwidth, and the width of products that measure the peak."""
+
+
+def _float8_product(x: Tensor, y: Tensor) -> Tensor:
+    one = torch.ones((), device=x.device)
+    return torch._scaled_mm(x, y, one, one, out_dtype=torch.bfloat16)
+
+
+PRODUCTS: dict[str, tuple[torch.dtype, Callable[[Tensor, Tensor], Tensor]]] = {
+    "bf16": (torch.bfloat16, torch.mm),
+    "int8": (torch.int8, torch._int_mm),
+    "fp8": (torch.float8_e4m3fn, _float8_product),
+}
 
 
 @dataclass
@@ -66,10 +79,10 @@ class Machine:
         return 2 * source.numel() / self.median(lambda: target.copy_(source))
 
     def peak(self, kind: str) -> float:
-        """Operations a second of a large product in bfloat16 ("bf16") or int8."""
+        """Operations a second of a large product of PyTorch's, in one of `PRODUCTS`."""
         side = SIDE if not self.rehearsal else 64
-        x = torch.ones(side, side, dtype=torch.int8 if kind == "int8" else torch.bfloat16, device=self.place)
-        product = torch._int_mm if kind == "int8" else torch.mm
+        dtype, product = PRODUCTS[kind]
+        x = torch.ones(side, side, device=self.place).to(dtype)
         return 2 * side**3 / self.median(lambda: product(x, x.t()))
 
     def median(self, step: Callable[[], object], runs: int = 20) -> float:

@@ -42,7 +42,7 @@ class Work:
 
     def bytes_read(self, precision: str, sizes: Sizes) -> float:
         """Weights, and caches of 16 bits while decoding, each once."""
-        weights = sum(parameters(self.shape)) * BYTES_PER_WEIGHT[precision]
+        weights = sum(parameters(self.shape)) * BYTES_PER_WEIGHT["int8" if precision == "fp8" else precision]
         if self.kind != "decode":
             return weights
         settings = LLAMAS[self.shape]
@@ -54,7 +54,7 @@ class Work:
 
 
 WORKS = tuple(
-    Work(shape, kind, batch, {"int8": 1.2} if kind == "prefill" else {"int4": 2.0})
+    Work(shape, kind, batch, {"int8": 1.2, "fp8": 1.2} if kind == "prefill" else {"int4": 2.0})
     for shape in ("L", "S")
     for kind in ("prefill", "decode")
     for batch in (1, 16)

@@ -34,6 +34,9 @@ WINDOW = 512
 CHARACTERS = 100_000
 """Of each calibration file."""
 BITS: dict[str, Quantize] = {
+    "BF16": Quantize(weights=16),
+    "FP16": Quantize(weights="fp16"),
+    "FP8": Quantize(weights="fp8"),
     "W8A8": Quantize(weights=8),
     "W4A8": Quantize(weights=4),
     "W4A8 gptq": Quantize(weights=4, method="gptq"),
