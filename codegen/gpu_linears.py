@@ -25,9 +25,19 @@ aten, dialect = torch.ops.aten, torch.ops.sylvester
 
 @gpu_lowers(aten.linear.default)
 def linear(lowering: GpuLowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy | None = None) -> Lazy:
-    if len(weight.shape) != 2 or (bias is not None and bias.shape != weight.shape[:1]) or x.dtype != "f32":
-        raise Unsupported("cuda has no kernel for a linear layer over a vector, a bias that broadcasts, or float64")
+    """Sums of generated loops for a weight that is a vector, a bias that broadcasts, an open number of features and
+    what is not float32."""
+    matrix = len(weight.shape) == 2 and all(n.constant is not None for n in weight.shape)
+    whole = bias is None or bias.shape == weight.shape[:1]
+    if not matrix or not whole or x.dtype != "f32":
+        return _sums(lowering, fact, x, weight, bias)
     return _product(lowering, fact, Linear("fp32", "fp32", "fp32", bias="fp32" if bias else ""), x, weight, bias)
+
+
+def _sums(lowering: GpuLowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy | None) -> Lazy:
+    turned = Lazy(weight.shape[::-1], weight.dtype, lambda i: weight.load(i[::-1]))
+    y = product_of_activations(lowering, fact, x, turned)
+    return y if bias is None else pointwise(fact, lambda p, b: call("add", p, b), y, bias)
 
 
 @gpu_lowers(dialect.linear_bf16.default, dialect.linear_fp16.default)

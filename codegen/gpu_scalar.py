@@ -31,6 +31,7 @@ PLAIN = {
     "sigmoid": "logistic({0})", "silu": "silu({0})", "softplus": "softplus({0})", "gelu": "gelu({0})",
     "gelu_tanh": "gelu_tanh({0})", "log1p": "log1p({0})", "expm1": "expm1({0})", "sqrt": "tl.sqrt_rn({0})",
     "rsqrt": "(1.0 / tl.sqrt_rn({0}))", "sin": "tl.sin({0})", "cos": "tl.cos({0})", "pow": "power({0}, {1})",
+    "ipow": "whole_power({0}, {1})", "atan2": "atan2({0}, {1})",
     "log2": "tl.log2({0})", "log10": "(tl.log2({0}) * 0.3010299956639812)", "abs": "tl.abs({0})",
     "iabs": "tl.abs({0})", "floor": "tl.floor({0})", "ceil": "tl.ceil({0})", "round": "rounded({0})",
     "trunc": "truncated({0})", "fmod": "fmod({0}, {1})", "remainder": "remainder({0}, {1})",

@@ -15,10 +15,10 @@ from tests import aten_program
 from tests.aten_cases import CASES
 from tests.gpu import builds
 from tests.graphs import Builder
-from tests.sampling import SIZES, Case, sample
+from tests.sampling import EDGES, SIZES, Case, Sample, edges, f, sample, w
 
-WITHOUT_FORM = ("atan2", "ipow", "no kernel for", "all_reduce")
-"""Functions and kernel families that there are none of."""
+WITHOUT_FORM = ("no kernel for", "all_reduce")
+"""Kernel families that there are none of."""
 FEW = CASES[::12]
 ROUNDED = ("attention_bf16", "attention_int8")
 """Ops whose products are rounded otherwise than in PyTorch."""
@@ -96,6 +96,64 @@ def test_every_example_of_the_dialect(name, case):
 @pytest.mark.parametrize("case", [c for n, c in enumerate(CASES) if n % 12], ids=lambda case: str(case.target))
 def test_every_op(case):
     test_op(case)
+
+
+def applied(target: object, operand: Sample, *tensors: Tensor) -> Tensor:
+    """The op over tensors of the shape of a sample."""
+    entry, made = lowered(Case(target, (operand,) * len(tensors)))
+    return simulated(entry, made, list(tensors)).run()["y0"]
+
+
+ARGUMENTS = [t.contiguous() for t in torch.meshgrid(torch.tensor(EDGES), torch.tensor(EDGES), indexing="ij")]
+"""Every pair of zeros of both signs, whole and other numbers, infinities and not a number."""
+
+
+@pytest.mark.parametrize("target", [torch.ops.aten.atan2.default, torch.ops.aten.pow.Tensor_Tensor])
+def test_functions_of_two_numbers_at_their_edges(target):
+    found = applied(target, edges(16, 16), *ARGUMENTS)
+    expected = target(*(t.double() for t in ARGUMENTS)).float()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0, equal_nan=True)
+    numbers = ~expected.isnan()
+    assert (found.signbit() == expected.signbit())[numbers].all()
+
+
+def test_angles_are_as_precise_as_float32():
+    y, x = (torch.randn(17, 63) * 10.0 ** torch.randint(-9, 10, (17, 63)) for _ in range(2))
+    wide = torch.atan2(y.double(), x.double())
+    assert ((applied(torch.ops.aten.atan2.default, f(17, 63), y, x) - wide) / wide).abs().max() < 2.5e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8, torch.uint8])
+def test_whole_powers_are_exact(dtype):
+    """Of negative bases, to negative exponents, and past what the type holds."""
+    operand = Sample((19, 17), "integer", 0, 9, dtype=dtype)
+    base, exponent = torch.randint(-9, 10, (19, 17)).to(dtype), torch.randint(-5, 70, (19, 17)).to(dtype)
+    found = applied(torch.ops.aten.pow.Tensor_Tensor, operand, base, exponent)
+    assert found.dtype == dtype
+    assert found.equal(base**exponent)
+
+
+def test_kernels_of_functions_of_two_numbers_are_built():
+    whole = Sample((3, 5), "integer", 0, 9)
+    for target, operand in ((torch.ops.aten.atan2.default, f(3, 5)), (torch.ops.aten.pow.Tensor_Tensor, whole)):
+        for launch in lowered(Case(target, (operand, operand)))[1].launches:
+            builds(launch.kernel, ("sm_90",))
+
+
+OTHER_LINEARS = [
+    (f("n", 9), w(9)),
+    (f("n", 9), w(6, 9), w(1)),
+    (f("n", 9), w(6, 9), f("n", 6)),
+    (f("n", "m"), f(3, "m"), w(3)),
+]
+"""By a vector, with a bias that broadcasts, over an open number of features."""
+
+
+@pytest.mark.parametrize("operands", OTHER_LINEARS)
+def test_linear_layers_that_are_no_product_of_a_matrix_are_loops(operands):
+    case = Case(torch.ops.aten.linear.default, operands)
+    check(case)
+    assert {launch.kernel.function for launch in lowered(case)[1].launches} == {"loops"}
 
 
 def normalised() -> Builder:

@@ -41,13 +41,56 @@ def softplus(x):
 
 
 @triton.jit
+def is_negative(x):
+    """Whether the sign is minus, that of -0.0 too."""
+    return (x < 0.0) | ((x == 0.0) & (1.0 / x < 0.0))
+
+
+@triton.jit
 def power(x, y):
-    """x^y; of a negative base only with a whole exponent."""
-    size = tl.exp2(y * tl.log2(tl.abs(x)))
-    whole = tl.floor(y) == y
-    odd = whole & (tl.floor(y * 0.5) * 2.0 != y)
+    """x^y; of a finite negative base only with a whole exponent."""
+    a = tl.abs(x)
+    size = tl.exp2(y * tl.log2(a))
+    size = tl.where((a == 1.0) & (y == y), 1.0, size)
+    whole = (tl.floor(y) == y) | (a == float("inf")) | (a == 0.0)
+    odd = (tl.floor(y) == y) & (tl.floor(y * 0.5) * 2.0 != y)
     negative = tl.where(odd, -size, tl.where(whole, size, float("nan")))
-    return tl.where(y == 0.0, 1.0, tl.where(x < 0, negative, size))
+    return tl.where((y == 0.0) | (x == 1.0), 1.0, tl.where(is_negative(x), negative, size))
+
+
+@triton.jit
+def whole_power(x, n):
+    """x^n of whole numbers, in as many bits as they have; with n < 0 what 1 / x^-n is without its fraction."""
+    x, n = tl.broadcast(x, n)
+    minus = x + 1 == 0
+    inverse = tl.where(minus & (n % 2 != 0), -1, tl.where(minus | (x == 1), 1, 0))
+    y = tl.full(x.shape, 1, x.dtype)
+    square, rest = x, tl.where(n < 0, 0, n)
+    while tl.max(tl.max(rest, 1), 0) > 0:
+        y = tl.where(rest % 2 == 1, y * square, y)
+        square, rest = square * square, rest // 2
+    return tl.where(n < 0, inverse.to(x.dtype), y)
+
+
+@triton.jit
+def atan2(y, x):
+    """The angle of (x, y) in (-pi, pi], to the precision of float32; -pi of (-1, -0.0).
+
+    Of z = least / largest of |x| and |y|; past tan(pi / 8) by atan z = pi / 4 + atan((z - 1) / (z + 1)).
+    """
+    across, up = tl.abs(x), tl.abs(y)
+    least, most = tl.minimum(across, up), tl.maximum(across, up)
+    z = tl.where(most == 0.0, 0.0, tl.where(least == most, 1.0, least / most))
+    far = z > 0.4142135623730951
+    r = tl.where(far, (z - 1.0) / (z + 1.0), z)
+    s = r * r
+    series = 0.1059381365776062 - 0.060782209038734436 * s
+    series = -0.33333316445350647 + s * (0.19998471438884735 + s * (-0.14243532717227936 + s * series))
+    angle = r + r * s * series + tl.where(far, 0.7853981633974483, 0.0)
+    angle = tl.where(up > across, 1.5707963267948966 - angle, angle)
+    angle = tl.where(is_negative(x), 3.141592653589793 - angle, angle)
+    angle = tl.where(is_negative(y), -angle, angle)
+    return tl.where((x != x) | (y != y), float("nan"), angle)
 
 
 @triton.jit
