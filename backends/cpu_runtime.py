@@ -15,12 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sylvester.backends.cpu_library import Doubles, Library, choose
-from sylvester.backends.derived import stored_names, with_derived
+from sylvester.backends.derived import open_weights, with_derived
 from sylvester.backends.memory import aligned, aligned_empty, aligned_zeros, small_pages
-from sylvester.backends.tensor_file import TensorFile
 from sylvester.compiler import binding, knobs
-from sylvester.compiler.errors import ArtefactError, CompileError, InputError
-from sylvester.compiler.manifest import WEIGHTS, EntrySpec, Manifest, TensorSpec
+from sylvester.compiler.errors import CompileError, InputError
+from sylvester.compiler.manifest import EntrySpec, Manifest, TensorSpec
 from sylvester.compiler.runner import SHARED, State, entry_of
 
 Array = NDArray[np.generic]
@@ -54,7 +53,7 @@ class Engine:
         self.binary = Library(choice.path, list(manifest.entries))
         self.notes = choice.notes
         """What the user should know of the variant that was loaded."""
-        self._file = _open_weights(folder, manifest)
+        self._file = open_weights(folder, manifest)
         self._weights: dict[str, Array] = {}
         self._calls: dict[object, Call] = {}
         self._arena: Array = aligned_empty((0,), "uint8")
@@ -259,18 +258,6 @@ def _out_of_range(value: int, holders: Sequence[TensorSpec], spec: EntrySpec) ->
         )
     place = f" in input {holders[0].name!r}" if holders else ""
     return InputError(f"index {value}{place} is out of range", hint="token ids must be smaller than the vocabulary")
-
-
-def _open_weights(folder: Path, manifest: Manifest) -> TensorFile | None:
-    used = stored_names(manifest)
-    if not used:
-        return None
-    file = TensorFile(folder / WEIGHTS)
-    if missing := sorted(used - set(file.arrays)):
-        raise ArtefactError(
-            f"{WEIGHTS} in {str(folder)!r} has no tensor {missing[0]!r}", hint="compile the model again"
-        )
-    return file
 
 
 ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()

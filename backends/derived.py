@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sylvester.backends.memory import aligned
+from sylvester.backends.tensor_file import TensorFile
 from sylvester.codegen.panels import pack_f32
-from sylvester.compiler.manifest import DerivedSpec, Manifest, SumSpec
+from sylvester.compiler.errors import ArtefactError
+from sylvester.compiler.manifest import WEIGHTS, DerivedSpec, Manifest, SumSpec
 
 Array = NDArray[np.generic]
+
+
+def open_weights(folder: Path, manifest: Manifest) -> TensorFile | None:
+    """The file of weights, which has all that are needed; None where none is."""
+    used = stored_names(manifest)
+    if not used:
+        return None
+    file = TensorFile(folder / WEIGHTS)
+    if missing := sorted(used - set(file.arrays)):
+        raise ArtefactError(
+            f"{WEIGHTS} in {str(folder)!r} has no tensor {missing[0]!r}", hint="compile the model again"
+        )
+    return file
 
 
 def stored_names(manifest: Manifest) -> set[str]:

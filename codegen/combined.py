@@ -56,7 +56,7 @@ def combine(
 ) -> Lazy:
     if len(atoms.shape) == 2:
         return of_buffer(_in_place_of_stored(lowering, fact, atoms, coefficients))
-    total = _sum(lowering, fact, atoms, coefficients)
+    total = summed(lowering, fact, atoms, coefficients)
     if left is None or right is None:
         return lowering.realize(total)
     product = matmul(lowering, fact, left, right)
@@ -80,7 +80,8 @@ def _in_place_of_stored(lowering: Lowering, fact: Fact, atoms: Lazy, coefficient
     return made
 
 
-def _sum(lowering: Lowering, fact: Fact, atoms: Lazy, coefficients: Lazy) -> Lazy:
+def summed(lowering: Lowering, fact: Fact, atoms: Lazy, coefficients: Lazy) -> Lazy:
+    """The sum of atoms [count, n, k] that are no panels."""
     count = atoms.shape[0].constant
     if count is None or count > UNROLLED:
         return lowering.reduce(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sylvester.codegen import gpu_hadamard
+from sylvester.codegen.combined import summed
 from sylvester.codegen.elementwise import call, pointwise, scaled
 from sylvester.codegen.gpu_kernel import ALL_REDUCE
 from sylvester.codegen.gpu_lowering import Candidate, Given, GpuLowering, gpu_lowers, over, stored
@@ -38,6 +39,19 @@ def _sums(lowering: GpuLowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy |
     turned = Lazy(weight.shape[::-1], weight.dtype, lambda i: weight.load(i[::-1]))
     y = product_of_activations(lowering, fact, x, turned)
     return y if bias is None else pointwise(fact, lambda p, b: call("add", p, b), y, bias)
+
+
+@gpu_lowers(dialect.combine.default)
+def combine(
+    lowering: GpuLowering, fact: Fact, atoms: Lazy, coefficients: Lazy, left: Lazy | None = None,
+    right: Lazy | None = None, resident: bool = False,
+) -> Lazy:  # fmt: skip
+    """Made at every call: the sum of atoms by loops, to which a product adds what is of low rank."""
+    total = lowering.realize(summed(lowering, fact, atoms, coefficients))
+    if left is None or right is None:
+        return total
+    thin = linear(lowering, fact, left, Lazy(right.shape[::-1], right.dtype, lambda i: right.load(i[::-1])))
+    return lowering.realize(pointwise(fact, lambda a, b: call("add", a, b), thin, total))
 
 
 @gpu_lowers(dialect.linear_bf16.default, dialect.linear_fp16.default)

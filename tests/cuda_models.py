@@ -23,10 +23,10 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="sylvester-cuda-models-")
 
 
 @cache
-def program() -> Program:
-    """One layer with grouped heads and tied embeddings."""
+def program(layers: int = 1) -> Program:
+    """Layers with grouped heads, and tied embeddings."""
     config = hf.LlamaConfig(
-        vocab_size=VOCAB, num_hidden_layers=1, hidden_size=32, intermediate_size=48, num_attention_heads=2,
+        vocab_size=VOCAB, num_hidden_layers=layers, hidden_size=32, intermediate_size=48, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=LENGTH, use_cache=False, pad_token_id=None, eos_token_id=None,
         tie_word_embeddings=True,
     )  # fmt: skip

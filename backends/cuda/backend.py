@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from sylvester.backends.base import Backend
 from sylvester.backends.cuda.choice import PLAIN, TOP_K, TOP_P
@@ -19,7 +19,7 @@ from sylvester.backends.cuda.runtime import FILE, VERSION
 from sylvester.backends.cuda.tune import tiles
 from sylvester.backends.float_types import READERS, require_float32
 from sylvester.backends.identity import measurements
-from sylvester.backends.packed_weights import stored_tensors
+from sylvester.backends.resident import Resident, resident
 from sylvester.backends.signature import manifest
 from sylvester.backends.tensor_writer import Deferred, write_tensors
 from sylvester.codegen.compile import hints_of
@@ -27,6 +27,7 @@ from sylvester.codegen.gpu_architectures import SHARED, USUAL, has_float8
 from sylvester.codegen.gpu_kernel import Kernel
 from sylvester.codegen.gpu_norms import best, draw
 from sylvester.codegen.gpu_plan import GpuEntry, gpu_entries, verifies
+from sylvester.codegen.layout import Layout
 from sylvester.compiler.errors import CompileError, Unsupported
 from sylvester.compiler.manifest import WEIGHTS, Manifest
 from sylvester.compiler.parallel_ops import RANKS
@@ -56,10 +57,12 @@ class Cuda(Backend):
         archs, left_out = _capable(program, architectures(target))
         require_triton()
         require_float32(program, self.name, READERS)
-        tuning = tiles(program, gpu_entries(program, archs), archs, target.tune, progress)
+        lasting = resident(program)
+        tuning = tiles(program, gpu_entries(lasting.program, archs), archs, target.tune, progress)
         entries = tuning.entries
         weights = {name: _weights(entry) for name, entry in entries.items()}
-        made = manifest(program, target, weights=weights, steady=verifies(program))
+        derived = lasting.derived(_layouts(entries))
+        made = replace(manifest(program, target, weights=weights, steady=verifies(program)), derived=derived)
         choice = choosing() if made.generation else {}
         used = [launch.kernel for entry in entries.values() for launch in entry.launches]
         kernels = {kernel.key: kernel for kernel in (*used, *choice.values())}
@@ -70,7 +73,7 @@ class Cuda(Backend):
         data["ranks"] = program.info.get(RANKS)
         data["choice"] = {role: numbers[kernel.key] for role, kernel in choice.items()}
         (folder / FILE).write_text(json.dumps(data) + "\n", encoding="utf-8")
-        write_tensors(folder / WEIGHTS, _tensors(program, entries))
+        write_tensors(folder / WEIGHTS, _tensors(lasting, entries))
         told = [f"{FLOAT8_NEEDS}: no code for {', '.join(left_out)}"] if left_out else []
         told += [note for entry in entries.values() for note in entry.notes]
         told += [TREES] if DRAFT in program.info and not verifies(program) else []
@@ -140,13 +143,17 @@ def _weights(entry: GpuEntry) -> list[str]:
     return [b.key for b in entry.buffers.values() if b.kind == "weight"]
 
 
-def _tensors(program: Program, entries: Mapping[str, GpuEntry]) -> dict[str, Deferred]:
-    """The weights that kernels read, and the constants that they need besides."""
-    used: dict[str, Any] = {
+def _layouts(entries: Mapping[str, GpuEntry]) -> dict[str, tuple[Layout, ...]]:
+    """Of the weights that kernels read."""
+    return {
         name: tuple(b.layout for b in entry.buffers.values() if b.kind == "weight" and b.layout)
         for name, entry in entries.items()
     }
-    tensors = dict(stored_tensors(program, used))
+
+
+def _tensors(lasting: Resident, entries: Mapping[str, GpuEntry]) -> dict[str, Deferred]:
+    """The weights that kernels read, or what they are made of, and the constants that kernels need besides."""
+    tensors, _ = lasting.tensors(_layouts(entries))
     for entry in entries.values():
         for key, tensor in entry.constants.items():
             array = tensor.numpy()

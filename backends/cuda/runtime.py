@@ -20,7 +20,7 @@ from sylvester.backends.cuda.driver import first_device
 from sylvester.backends.cuda.graphs import Graphs
 from sylvester.backends.cuda.memory import DeviceArray, Heap, Memory, padded, stepped
 from sylvester.backends.cuda.prediction import require_memory
-from sylvester.backends.tensor_file import TensorFile
+from sylvester.backends.derived import open_weights, with_derived
 from sylvester.codegen.gpu_architectures import SHARED, number_of, runs
 from sylvester.compiler import binding
 from sylvester.compiler.device_arrays import Foreign
@@ -62,7 +62,8 @@ class GpuRunner:
         self._calls: dict[Hashable, Call] = {}
         self._room: dict[str, Memory] = {}
         """What is kept between calls, by use."""
-        arrays = TensorFile(folder / WEIGHTS).arrays if any(s.weights for s in manifest.entries.values()) else {}
+        file = open_weights(folder, manifest)
+        arrays = with_derived(manifest, file.arrays) if file else {}
         require_memory(arrays, self.entries, manifest, device.free_bytes())
         self._places = self._upload(arrays)
         """Addresses of weights and of the flag."""
