@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 
@@ -11,17 +12,21 @@ from sylvester.codegen.combined import summed
 from sylvester.codegen.elementwise import call, pointwise, scaled
 from sylvester.codegen.gpu_kernel import ALL_REDUCE
 from sylvester.codegen.gpu_lowering import Candidate, Given, GpuLowering, gpu_lowers, over, stored
-from sylvester.codegen.gpu_matmul import Linear
+from sylvester.codegen.gpu_matmul import MOST_ROWS, Linear
 from sylvester.codegen.gpu_steps import product_step
 from sylvester.codegen.index import Index, index, product
-from sylvester.codegen.lazy import Lazy, Pointer, Store, of_buffer
+from sylvester.codegen.lazy import Buffer, Lazy, Pointer, Store, of_buffer
 from sylvester.codegen.linears import row_pointer
 from sylvester.codegen.lowering import Fact
 from sylvester.codegen.scalar import Expr, cast
+from sylvester.codegen.sparse import padded
+from sylvester.codegen.sparse_layers import by_columns
 from sylvester.compiler.errors import Unsupported
 from sylvester.compiler.quantized_ops import group_size
 
 aten, dialect = torch.ops.aten, torch.ops.sylvester
+SKIPS = f"sparse_linear, sparse_glu: up to {MOST_ROWS} rows leave out weights that meet zeros, more are dense products"
+DENSE = "{}: dense products for any number of rows"
 
 
 @gpu_lowers(aten.linear.default)
@@ -32,7 +37,9 @@ def linear(lowering: GpuLowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy 
     whole = bias is None or bias.shape == weight.shape[:1]
     if not matrix or not whole or x.dtype != "f32":
         return _sums(lowering, fact, x, weight, bias)
-    return _product(lowering, fact, Linear("fp32", "fp32", "fp32", bias="fp32" if bias else ""), x, weight, bias)
+    turned = by_columns(lowering, weight) is not None
+    form = Linear("fp32", "fp32", "fp32", bias="fp32" if bias else "", turned=turned)
+    return _product(lowering, fact, form, x, weight, bias)
 
 
 def _sums(lowering: GpuLowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy | None) -> Lazy:
@@ -52,6 +59,24 @@ def combine(
         return total
     thin = linear(lowering, fact, left, Lazy(right.shape[::-1], right.dtype, lambda i: right.load(i[::-1])))
     return lowering.realize(pointwise(fact, lambda a, b: call("add", a, b), thin, total))
+
+
+@gpu_lowers(dialect.sparse_linear.default)
+def sparse_linear(lowering: GpuLowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy | None) -> Lazy:
+    skips = by_columns(lowering, weight) is not None and not lowering.steady
+    lowering.notes[SKIPS if skips else DENSE.format("sparse_linear")] = None
+    return linear(lowering, fact, x, weight, bias)
+
+
+@gpu_lowers(dialect.sparse_glu.default)
+def sparse_glu(
+    lowering: GpuLowering, fact: Fact, x: Lazy, weight: Lazy, bias: Lazy | None, gate: Lazy, thresholds: Lazy,
+    activation: Literal["silu", "gelu", "gelu_tanh"],
+) -> Lazy:  # fmt: skip
+    lowering.notes[DENSE.format("sparse_glu") if lowering.steady else SKIPS] = None
+    form = Linear("fp32", "fp32", "fp32", bias="fp32" if bias else "", opening=activation)
+    others = {"gate": stored(lowering, gate), "thresholds": stored(lowering, thresholds)}
+    return _product(lowering, fact, form, x, weight, bias, others)
 
 
 @gpu_lowers(dialect.linear_bf16.default, dialect.linear_fp16.default)
@@ -120,11 +145,17 @@ def _product(
     n, k = static(fact.shape[-1]), static(x.shape[-1])
     rows, stride = row_pointer(lowering, x)
     y = lowering.buffer("arena", fact.shape, "f32")
-    pointers = {"x": rows, "w": stored(lowering, weight), "y": Pointer(y.name, index(0)), **(others or {})}
+    turned = by_columns(lowering, weight) if form.turned else None
+    w, w_row = (stored(lowering, weight), weight.shape[1]) if turned is None else (_start(turned), index(padded(n)))
+    pointers = {"x": rows, "w": w, "y": _start(y), **(others or {})}
     pointers |= {"bias": stored(lowering, bias)} if bias else {}
-    step = product_step(form, pointers, product(x.shape[:-1]), n, k, stride, weight.shape[1])
+    step = product_step(form, pointers, product(x.shape[:-1]), n, k, stride, w_row)
     lowering.plan.steps.append(step)
     return of_buffer(y)
+
+
+def _start(buffer: Buffer) -> Pointer:
+    return Pointer(buffer.name, index(0))
 
 
 @gpu_lowers(dialect.hadamard.default)

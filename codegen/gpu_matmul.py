@@ -45,6 +45,8 @@ class Linear:
     (`quantize_rows` of `bits`, or `float8_rows`); "step" divides by the one number of x_scales. Without it, integer
     weights are multiplied in the type of x: the meaning of 16 bits in linear_w8, and closer to the float product.
     `gated`: W and U of one type, y = act(x W^T + bias) (x U^T + up_bias).
+    `turned`: memory holds W^T [k, w_row]. `opening`: y = a (x W^T + bias), a that activation of a gate [m, n], and 0
+    where |a| is at most its threshold [n].
     """
 
     x: str
@@ -60,6 +62,8 @@ class Linear:
     gated: bool = False
     residual: str = ""
     precision: Literal["tf32x3", "ieee"] = "tf32x3"
+    turned: bool = False
+    opening: Literal["", "silu", "gelu", "gelu_tanh"] = ""
 
     def __post_init__(self) -> None:
         self._require(self.weight in BITS, f"a weight in {self.weight!r}", f"one of {list(BITS)}")
@@ -76,6 +80,10 @@ class Linear:
         self._require(rounded or self.rounding == "none", f"rounded rows for a weight in {self.weight}", "floats")
         self._require(self.weight != "fp8e4nv" or self.rounding != "none", "floats for an fp8 weight", "rounded rows")
 
+        plain = self.weight == self.x == "fp32" and not (self.turned and self.opening)
+        self._require(plain or not (self.turned or self.opening), f"{self.x} rows of a weight in {self.weight}",
+                      "float32, either turned or opened by a gate")  # fmt: skip
+
     def _require(self, held: bool, found: str, expected: str) -> None:
         if not held:
             raise CompileError(f"a linear layer on a GPU has {found}, expected {expected}")
@@ -83,7 +91,7 @@ class Linear:
     @property
     def plain(self) -> Linear:
         """It with nothing after the bias."""
-        return replace(self, activation="none", gated=False, residual="")
+        return replace(self, activation="none", gated=False, residual="", opening="")
 
     @property
     def whole(self) -> bool:
@@ -170,6 +178,7 @@ def kernel(linear: Linear, tile: Tile, k: int, aligned: tuple[str, ...] = ()) ->
     step = _step(linear, tile.k)
     fixed: dict[str, Constant] = {
         "PRECISION": linear.precision,
+        "TURNED": linear.turned,
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "GROUP_M": tile.group_m,

@@ -42,7 +42,7 @@ def gemv_tiles(linear: Linear, m: int, n: int, k: int) -> tuple[Tile, ...]:
     rows = next((r for r in (8, 4) if n >= r * 4 * PROCESSORS), 2)
     whole = 1 << max(5, (k - 1).bit_length())
     least = min(LINE * 8 // BITS[linear.weight] if linear.weight != "i3" else 1024, whole)
-    splits = 1 if n >= rows * PROCESSORS else _parts(PROCESSORS * rows // max(1, n), k // least)
+    splits = 1 if n >= rows * PROCESSORS else parts(PROCESSORS * rows // max(1, n), k // least)
     step = least * _lines(linear, m, rows, n, k // splits // least)
     first = Tile(1, rows, step, 4, 2, splits)
     depths = dict.fromkeys((step, least, max(32, least // 2), min(2 * step, whole)))
@@ -82,11 +82,11 @@ def _warps(rows: int, columns: int, linear: Linear) -> int:
 
 def _splits(rows: int, columns: int, step: int, m: int, n: int, k: int) -> int:
     programs = -(-m // rows) * -(-n // columns)
-    return _parts(PROCESSORS // programs, k // step)
+    return parts(PROCESSORS // programs, k // step)
 
 
-def _parts(wanted: int, steps: int) -> int:
-    """A power of two."""
+def parts(wanted: int, steps: int) -> int:
+    """How many programs share the depth: a power of two."""
     most = max(1, min(wanted, steps // LEAST_STEPS, MOST_SPLITS))
     return 1 << (most.bit_length() - 1)
 

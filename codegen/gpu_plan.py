@@ -27,12 +27,11 @@ from sylvester.codegen.lowering import StoredLayers
 from sylvester.codegen.memory import Slot, assign, lifetimes
 from sylvester.codegen.region import Refused
 from sylvester.codegen.schedule import ExternCall, LoopNest, schedule
+from sylvester.codegen.sparse_layers import strided_layouts
 from sylvester.compiler.errors import Unsupported
 from sylvester.compiler.ledger import Fusion
 from sylvester.compiler.program import Entry, Program
 from sylvester.compiler.stages import DRAFT, stages_of
-
-NO_LAYERS = StoredLayers({}, {}, lambda *_: {})
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def gpu_entries(program: Program, archs: Sequence[str] = USUAL) -> dict[str, Gpu
 
 
 def _entry(name: str, program: Program, entry: Entry, archs: Sequence[str] = USUAL) -> GpuEntry:
-    lowering = GpuLowering(name, program, entry, NO_LAYERS)
+    lowering = GpuLowering(name, program, entry, StoredLayers({}, strided_layouts(program), lambda *_: {}))
     lowering.archs = archs
     lowering.steady = verifies(program) and name in {stage.entry for stage in stages_of(program.info)}
     plan = lowering.run()

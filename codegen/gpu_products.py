@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sylvester.codegen import gpu_norms, gpu_rows
+from sylvester.codegen import gpu_norms, gpu_rows, gpu_sparse
 from sylvester.codegen.gpu_architectures import smallest
 from sylvester.codegen.gpu_lowering import NO_LIMIT, Candidate, Given, GpuLowering, When, over
 from sylvester.codegen.gpu_matmul import (
@@ -18,7 +18,6 @@ from sylvester.codegen.gpu_matmul import (
     Norm,
     Tile,
     finish,
-    gemv,
     gemv_group,
     kernel,
 )
@@ -108,10 +107,10 @@ class _Launches:
 
     def _few(self, step: GpuProduct, when: When) -> None:
         def candidate(tile: Tile) -> Candidate:
-            made = gemv(step.form, tile, when[2], step.k)
+            made = gpu_sparse.few(step.form, tile, when[2], step.k)
             return Candidate(made, (over(index(step.n), tile.n), index(tile.splits)))
 
-        self._tiled(step, when, gemv_tiles(step.form, when[2], step.n, step.k), candidate)
+        self._tiled(step, when, gpu_sparse.few_tiles(step.form, when[2], step.n, step.k), candidate)
 
     def _many(self, step: GpuProduct, when: When) -> None:
         if step.form.rounding in ("rows", "step"):
@@ -127,6 +126,10 @@ class _Launches:
 
         most = step.m.constant or min(when[2], MANY)
         self._tiled(step, when, tiles(step.form, most, step.n, step.k, smallest(self.lowering.archs)), candidate)
+        if step.form.opening:
+            grid = (over(step.m, FINISH_M), over(index(step.n), FINISH_N))
+            made = gpu_sparse.opening(step.form)
+            self.lowering.launch(made, grid, _arguments(step), (step.y,), when, changes=True)
 
     def _tiled(
         self, step: GpuProduct, when: When, options: Sequence[Tile], candidate: Callable[[Tile], Candidate]
@@ -215,7 +218,7 @@ def _joins(run: Sequence[Step], step: Step) -> bool:
     first = run[0]
     if not isinstance(first, GpuProduct) or not isinstance(step, GpuProduct) or first.form != first.form.plain:
         return False
-    apart = not any(_ordered(other, step) for other in run)
+    apart = not first.form.turned and not any(_ordered(other, step) for other in run)
     return apart and step.form == first.form and step.guard == first.guard and rows_of(step) == rows_of(first)
 
 

@@ -36,6 +36,14 @@ class Buffer:
         return product(self.shape) * BYTES[self.dtype]
 
     @property
+    def elements(self) -> Index:
+        """What memory holds of it: rows of a transposed weight are whole panels."""
+        if self.layout is None or self.layout.kind != "columns":
+            return product(self.shape)
+        n, k = self.shape
+        return (n + PANEL - 1) // PANEL * PANEL * k
+
+    @property
     def packed(self) -> bool:
         """Whether a stored weight lies otherwise than row-major."""
         return self.layout is not None and self.layout.kind in ("panels", "columns")

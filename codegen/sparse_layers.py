@@ -104,13 +104,19 @@ def _sizes(program: Program, key: str) -> Shape:
     return tuple(index(n) for n in program.weights[key].shape)
 
 
+def by_columns(lowering: Lowering, weight: Lazy) -> Buffer | None:
+    """The buffer of a weight that is stored by columns."""
+    element = weight.probe[1]
+    found = lowering.plan.buffers[element.buffer] if isinstance(element, Load) else None
+    turned = found is not None and found.layout is not None and found.layout.kind == "columns"
+    return found if turned and found is not None and found.shape == weight.shape else None
+
+
 def _transposed(lowering: Lowering, weight: Lazy) -> Buffer:
     """The buffer of a weight that is stored by columns, else a copy that lies like one."""
-    element = weight.probe[1]
-    if isinstance(element, Load):
-        found = lowering.plan.buffers[element.buffer]
-        if found.layout is not None and found.layout.kind == "columns" and found.shape == weight.shape:
-            return found
+    found = by_columns(lowering, weight)
+    if found is not None:
+        return found
     n, k = weight.shape
     zero = Constant(0.0, "f32")
 

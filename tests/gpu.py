@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from sylvester.backends.cuda.compile import build
 from sylvester.backends.cuda.modules import interpret, load
 from sylvester.codegen.gpu_architectures import SHARED, USUAL
 from sylvester.codegen.gpu_kernel import Kernel
+from sylvester.codegen.gpu_plan import GpuEntry
+from sylvester.codegen.sparse import pack_columns
 
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8", torch.uint8: "u8",
@@ -27,6 +30,13 @@ def types_of(arguments: dict[str, Any]) -> dict[str, str]:
         return "fp32" if isinstance(value, float) else "i32"
 
     return {key: name(value) for key, value in arguments.items()}
+
+
+def with_columns(entry: GpuEntry, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors by key, and those weights that an entry reads transposed."""
+    layouts = [b.layout for b in entry.buffers.values() if b.layout is not None and b.layout.kind == "columns"]
+    packed = {x.name: torch.from_numpy(pack_columns(tensors[x.keys[0]].numpy())) for x in layouts}
+    return {**tensors, **packed}
 
 
 def run(kernel: Kernel, grid: tuple[int, ...], **arguments: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -127,7 +126,7 @@ class Bench:
 def _values(site: Site, name: str) -> Array:
     """Random values of a buffer; positions in caches leave room for what is read."""
     buffer = site.entry.buffers[name]
-    count = math.prod(site.number(n) for n in buffer.shape)
+    count = site.number(buffer.elements)
     if buffer.kind == "weight" and name in site.entry.constants:
         return site.entry.constants[name].numpy()
     random = np.random.default_rng(count)

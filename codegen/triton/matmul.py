@@ -5,7 +5,7 @@ import triton.language as tl
 
 from sylvester.codegen.triton.epilogue import emit
 from sylvester.codegen.triton.rows import float_tile, row_scales, statistics, to_numbers
-from sylvester.codegen.triton.weights import by_columns, convert, stored_tile, weight_tile
+from sylvester.codegen.triton.weights import by_columns, convert, stored_tile, tile_of_either
 
 
 @triton.jit
@@ -79,7 +79,8 @@ def matmul(
     BITS: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
     NORM: tl.constexpr, WEIGHTED: tl.constexpr, SHIFTED: tl.constexpr, ROUND: tl.constexpr, MOST: tl.constexpr,
     BIASED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr, EVEN: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr, TURNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """A program a tile of y and part of k; with SPLITS > 1, y is float32 [SPLITS, 1 or 2, m, n] of sums for `join`."""
     i, j = tile_of(m, n, BLOCK_M, BLOCK_N, GROUP_M)
@@ -100,10 +101,10 @@ def matmul(
             x, x_at, start, k, mean, factor, scale, norm_weight, norm_bias,
             NORM, WEIGHTED, SHIFTED, ROUND, MOST, EVEN, BLOCK_K,
         ), TYPE)  # fmt: skip
-        b = weight_tile(w, w_at, start, k, BITS, EVEN, BLOCK_K)
+        b = tile_of_either(w, w_at, c, w_row, start, n, k, TURNED, BITS, EVEN, BLOCK_K)
         acc = product(a, b, scales, c_in, start, k, acc, GROUP, TYPE, PRECISION)
         if GATED:
-            b = weight_tile(up, w_at, start, k, BITS, EVEN, BLOCK_K)
+            b = tile_of_either(up, w_at, c, w_row, start, n, k, TURNED, BITS, EVEN, BLOCK_K)
             up_acc = product(a, b, up_scales, c_in, start, k, up_acc, GROUP, TYPE, PRECISION)
     g = acc.to(tl.float32)
     u = up_acc.to(tl.float32)

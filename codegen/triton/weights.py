@@ -28,6 +28,26 @@ def stored_tile(w, at, start, k, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def turned_tile(w, j, c, w_row, needed, n):
+    """[rows, columns] of W^T [k, w_row]: rows j that are `needed` and columns c < n, 0 elsewhere."""
+    place = w + (j.to(tl.int64) * w_row)[:, None] + c[None, :]
+    return tl.load(place, needed[:, None] & (c[None, :] < n), 0.0)
+
+
+@triton.jit
+def tile_of_either(
+    w, at, c, w_row, start, n, k, TURNED: tl.constexpr, BITS: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """`weight_tile` of W, or of W^T where it is stored TURNED."""
+    if TURNED:
+        j = start + tl.arange(0, BLOCK_K)
+        tile = tl.trans(turned_tile(w, j, c, w_row, j < k, n))
+    else:
+        tile = weight_tile(w, at, start, k, BITS, EVEN, BLOCK_K)
+    return tile
+
+
+@triton.jit
 def four_fields(b):
     """Two bits each, from the lowest up: [rows, bytes] -> [rows, 4 bytes]."""
     even = tl.interleave(b & 3, b >> 4 & 3)
