@@ -182,3 +182,15 @@ def test_a_model_through_the_driver():
     assert fake.record.count("cuGraphLaunch") == 1 + 3, "calls and choices"
     assert not fake.faults
     assert fake.live == 0
+
+
+def test_prompts_of_a_bucket_are_one_graph_of_the_driver():
+    fake = Fake(computes=True)
+    with cuda_models.opened(cuda_models.folder(), fake.gpu()) as compiled:
+        for length in (17, 30, 23):
+            prompt = cuda_models.ids(1, length)
+            expected = cuda_models.reference().generate(prompt, 1, reuse=False).tolist()
+            assert compiled.generate(prompt, 1, reuse=False).tolist() == expected
+    assert fake.record.count("cuGraphInstantiateWithFlags") == 1 + 1, "of the call and of the choice"
+    assert fake.record.count("cuGraphLaunch") == 2 + 2
+    assert not fake.faults
