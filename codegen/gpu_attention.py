@@ -48,7 +48,8 @@ class Form:
     """What is fixed when an attention is compiled; the head sizes are any, `group` heads share a key head.
 
     `tree`: the queries are a tree of tokens, of which `ancestry` finds the ancestors. `shared`: some keys are common to
-    the batch. `listed`: blocks of 64 queries see listed blocks of 64 keys; `kv_heads` are then all heads.
+    the batch. `apart`: up to so many queries are computed each by itself, over the text that ends in it, of a tree or
+    not; 0 is not. `listed`: blocks of 64 queries see listed blocks of 64 keys; `kv_heads` are then all heads.
 
     `k` and `v` are float types or records "q8", "q4" (compiler/cache_ops.py). `products` are what tensor cores
     multiply: "f32" as three products of tf32, which is about as exact as float32.
@@ -68,6 +69,7 @@ class Form:
     capped: bool = False
     past: bool = False
     tree: bool = False
+    apart: int = 0
     shared: bool = False
     listed: bool = False
     products: Products = "f32"
@@ -93,17 +95,12 @@ def kernel(form: Form, tiles: Tiles, splits: int = 1, aligned: tuple[str, ...] =
 
     `aligned`: the arguments, strides too, that are multiples of 16.
     """
-    if (form.k in ("q8", "q4") or form.v in ("q8", "q4")) and form.k != form.v:
-        raise ValueError(f"keys are {form.k} and values {form.v}, expected records of one kind")
-    if form.tree and (form.mask != "none" or not form.past):
-        raise ValueError("a tree of queries needs `past` and takes no mask")
-    if form.listed and (form.past or splits > 1 or tiles.keys != LISTED or LISTED % tiles.rows):
-        raise ValueError(f"listed blocks need no `past`, no splits and tiles of {LISTED} keys, got {tiles}, {splits}")
+    _require(form, tiles, splits)
     split = splits > 1
     arguments = {
         "y": "*fp32" if split else POINTERS[form.y], "tops": "*fp32" if split else None, "q": POINTERS[form.q],
         "k": POINTERS[form.k], "v": POINTERS[form.v], "mask": mask_pointer(form), "past": "*i64" if form.past else None,
-        "tree": "*u8" if form.tree else None, "depths": "*i64" if form.tree else None,
+        "tree": "*u8" if form.tree else None, "depths": "*i64" if form.tree or form.apart else None,
         "shared": "*i64" if form.shared else None, "lists": "*i64" if form.listed else None,
         **dict.fromkeys(("kv_heads", "rows", "keys", "offset"), "i32"),
         **dict.fromkeys(("y_batch", "y_head", "y_row"), None if split else "i32"),
@@ -111,6 +108,18 @@ def kernel(form: Form, tiles: Tiles, splits: int = 1, aligned: tuple[str, ...] =
         **dict.fromkeys(("list_batch", "list_head", "most"), "i32" if form.listed else None), **SCALARS,
     }  # fmt: skip
     return launched("attention", "attention", arguments, _constants(form, tiles, splits), tiles, aligned)
+
+
+def _require(form: Form, tiles: Tiles, splits: int) -> None:
+    if (form.k in ("q8", "q4") or form.v in ("q8", "q4")) and form.k != form.v:
+        raise ValueError(f"keys are {form.k} and values {form.v}, expected records of one kind")
+    if form.tree and (form.mask != "none" or not form.past):
+        raise ValueError("a tree of queries needs `past` and takes no mask")
+    bare = form.mask == "none" and not form.tree and not form.listed and splits == 1
+    if form.apart and not (bare and form.past and form.causal):
+        raise ValueError("queries that are computed apart need `past`, are causal, and take no mask, lists or splits")
+    if form.listed and (form.past or splits > 1 or tiles.keys != LISTED or LISTED % tiles.rows):
+        raise ValueError(f"listed blocks need no `past`, no splits and tiles of {LISTED} keys, got {tiles}, {splits}")
 
 
 def launched(
@@ -144,7 +153,7 @@ def _constants(form: Form, tiles: Tiles, splits: int) -> dict[str, Constant]:
         "WINDOWED": form.windowed, "CAPPED": form.capped, "MASK": form.mask, "PAST": form.past,
         "PRODUCTS": form.products, "STORED": form.k if form.k in ("q8", "q4") else "plain",
         "PRECISION": "tf32x3" if form.products == "f32" else "tf32", "TREE": form.tree,
-        "SHARED": form.shared, "LISTED": form.group if form.listed else 0,
+        "SHARED": form.shared, "LISTED": form.group if form.listed else 0, "APART": form.apart,
     }  # fmt: skip
 
 
@@ -163,7 +172,8 @@ def joining(form: Form, splits: int) -> Kernel:
 
 
 def grid(form: Form, tiles: Tiles, splits: int, batch: int, kv_heads: int, rows: int) -> tuple[int, int]:
-    return -(-rows * form.rows_together // tiles.rows) * batch * kv_heads, splits
+    blocks = rows if form.apart else -(-rows * form.rows_together // tiles.rows)
+    return blocks * batch * kv_heads, splits
 
 
 def joining_grid(form: Form, batch: int, kv_heads: int, rows: int) -> tuple[int]:

@@ -16,7 +16,7 @@ from sylvester.codegen.dialect import writable
 from sylvester.codegen.families import unit_last
 from sylvester.codegen.gpu_attention import Form, Products
 from sylvester.codegen.gpu_attention_launches import Call, launch
-from sylvester.codegen.gpu_lowering import Given, GpuLowering, gpu_lowers, over
+from sylvester.codegen.gpu_lowering import NO_LIMIT, Given, GpuLowering, gpu_lowers, over
 from sylvester.codegen.index import Index, index
 from sylvester.codegen.lazy import Buffer, Lazy, Pointer, Shape, Strided, of_buffer
 from sylvester.codegen.lowering import Fact
@@ -48,10 +48,12 @@ def attention(
         given |= {name: Pointer(view.buffer, view.offset, x.dtype), **_strides(name, view)}
     given |= {name: _number(lowering, x) for name, x in (("past", past), ("shared", shared)) if x is not None}
     given |= {} if mask is None else _mask(lowering, mask, (*q.shape[:3], k.shape[2]))
-    given |= {} if depths is None else _tree(lowering, depths, form, q.shape[2])
+    apart = lowering.trees and form.past and form.causal and form.mask == "none" and not form.listed
+    given |= {} if depths is None else _tree(lowering, depths, form, q.shape[2], apart)
+    given |= {"depths": _in_line(lowering)} if apart and depths is None else {}
     given |= {} if blocks is None else _lists(lowering, fact, blocks)
     key_heads = k.shape[1] if blocks is None else heads
-    launch(lowering, Call(form, given, y.name, batch, key_heads, q.shape[2], k.shape[2], int8))
+    launch(lowering, Call(form, given, y.name, batch, key_heads, q.shape[2], k.shape[2], int8, apart))
     dim = fact.shape[3]
     return Lazy(fact.shape, fact.dtype, lambda i: of_buffer(y).load([i[0], i[2], i[1] * dim + i[3]]))
 
@@ -66,14 +68,23 @@ def _mask(lowering: GpuLowering, mask: Lazy, shape: Shape) -> dict[str, Given]:
     return {**place, **_strides("mask", view)}
 
 
-def _tree(lowering: GpuLowering, depths: Lazy, form: Form, rows: Index) -> dict[str, Given]:
-    """The ancestors of every query, which a launch before finds."""
-    if form.mask != "none" or not form.past:
-        raise Unsupported("cuda has no kernel for a tree of queries with a mask or without `past`")
+def _in_line(lowering: GpuLowering) -> Pointer:
+    """The depths of tokens that follow each other."""
+    return Pointer(lowering.constant(torch.arange(STEADY_QUERIES), f"depths.{STEADY_QUERIES}"), index(0), "i64")
+
+
+def _tree(lowering: GpuLowering, depths: Lazy, form: Form, rows: Index, apart: bool) -> dict[str, Given]:
+    """The ancestors of every query, which a launch before finds unless queries are computed apart."""
+    if form.mask != "none" or not form.past or (lowering.trees and not apart):
+        raise Unsupported(
+            "cuda has no kernel for a tree of queries with a mask, without `past` or that see later ones",
+            hint="leave 'tree' out of draft",
+        )
     found = lowering.buffer("arena", (index(STEADY_QUERIES), index(STEADY_QUERIES)), "u8")
     given: dict[str, Given] = {"tree": Pointer(found.name, index(0), "u8"), "depths": _number(lowering, depths)}
     ancestry = gpu_attention.ancestry(STEADY_QUERIES)
-    lowering.launch(ancestry, (index(1),), {**given, "rows": rows}, writes=(found.name,))
+    when = (rows, STEADY_QUERIES + 1, NO_LIMIT) if apart else None
+    lowering.launch(ancestry, (index(1),), {**given, "rows": rows}, (found.name,), when)
     return given
 
 

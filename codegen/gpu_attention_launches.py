@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sylvester.codegen import gpu_attention, gpu_attention_int8
@@ -35,6 +35,8 @@ class Call:
     rows: Index
     keys: Index
     int8: bool = False
+    apart: bool = False
+    """Whether up to `STEADY` queries are computed apart."""
 
     @property
     def groups(self) -> Index:
@@ -45,6 +47,9 @@ class Call:
 def launch(lowering: GpuLowering, call: Call) -> None:
     few = max(_few(call.form), STEADY if lowering.steady else 0)
     for when, queries in _ranges(call, few):
+        if call.apart and queries <= STEADY:
+            _apart(lowering, call, when)
+            continue
         reason = _why_floats(call, queries, few) if call.int8 else ""
         if reason:
             lowering.notes[f"attention_int8 multiplies bfloat16 on GPUs {reason}"] = None
@@ -52,6 +57,19 @@ def launch(lowering: GpuLowering, call: Call) -> None:
             _int8(lowering, call, when)
         else:
             _floats(lowering, call, when, queries)
+
+
+def _apart(lowering: GpuLowering, call: Call, when: When | None) -> None:
+    """A program for every query: tokens have the bits of single ones, in a tree or not."""
+    form = replace(call.form, tree=False, apart=STEADY)
+    if call.int8:
+        lowering.notes["attention_int8 multiplies bfloat16 on GPUs where trees of drafts are verified"] = None
+
+    def candidate(tiles: Tiles) -> Candidate:
+        return Candidate(gpu_attention.kernel(form, tiles), (call.rows * call.groups, index(1)))
+
+    options = gpu_attention.space(form, 1, smallest(lowering.archs))
+    lowering.tuned(options, candidate, call.given, (call.y,), when)
 
 
 def _why_floats(call: Call, queries: int, few: int) -> str:

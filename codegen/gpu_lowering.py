@@ -79,6 +79,8 @@ class GpuLowering(Lowering):
         """Architectures that kernels must run on."""
         self.steady = False
         """Whether up to 16 tokens of a row, 64 in all, that are read together must have the bits of single ones."""
+        self.trees = False
+        """Whether those of a tree of drafts must, too."""
         self.notes: dict[str, None] = {}
         """What the ledger is to say, once each."""
         self.constants: dict[str, Tensor] = {}

@@ -72,11 +72,8 @@ class GpuEntry:
 
 
 def verifies(program: Program) -> bool:
-    """Whether the entries that generate give tokens that are read together the bits of single ones, for drafts.
-
-    Attention over a tree is another kernel than over a text.
-    """
-    return DRAFT in program.info and not program.info[DRAFT].get("tree")
+    """Whether the entries that generate give tokens that are read together the bits of single ones, for drafts."""
+    return DRAFT in program.info
 
 
 def gpu_entries(program: Program, archs: Sequence[str] = USUAL) -> dict[str, GpuEntry]:
@@ -87,7 +84,9 @@ def gpu_entries(program: Program, archs: Sequence[str] = USUAL) -> dict[str, Gpu
 def _entry(name: str, program: Program, entry: Entry, archs: Sequence[str] = USUAL) -> GpuEntry:
     lowering = GpuLowering(name, program, entry, StoredLayers({}, strided_layouts(program), lambda *_: {}))
     lowering.archs = archs
-    lowering.steady = verifies(program) and name in {stage.entry for stage in stages_of(program.info)}
+    tree = program.info.get(DRAFT, {}).get("tree", "")
+    lowering.steady = verifies(program) and name in {tree, *(stage.entry for stage in stages_of(program.info))}
+    lowering.trees = lowering.steady and bool(tree)
     plan = lowering.run()
     outputs = tuple(in_place(plan, b) for b in plan.of_kind("output"))
     fused = fuse(plan, hints_of(entry))

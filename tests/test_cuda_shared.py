@@ -74,6 +74,7 @@ def test_an_artefact_computes_what_the_program_does(mode, tmp_path):
     assert stored == pytest.approx(made.weights.nbytes, rel=0.01)
 
 
+@pytest.mark.nightly
 def test_a_shared_basis_is_stored_once(tmp_path):
     made = shared(ShareBasis(kinds=("q", "k", "up")))
     folder = cuda_models.saved(made, tmp_path / "a")

@@ -21,6 +21,7 @@ from sylvester.codegen.gpu_attention import (
 )
 from sylvester.compiler.ops import attention, sample
 from sylvester.compiler.quantized_ops import attention_bf16
+from sylvester.compiler.token_tree import path_to
 from tests.gpu import builds, run
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -133,6 +134,37 @@ def test_a_tree_of_queries(window, splits):
     wide = (x.double() for x in (q, k, v))
     expected = attention(*wide, None, past, 0.3, True, window, depths=depths)
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stored", ["f32", "bf16"])
+@pytest.mark.parametrize(("past", "window"), [(0, 0), (29, 0), (13, 6), (32, 3)])
+def test_tokens_of_a_tree_have_the_bits_of_single_ones(past, window, stored):
+    """Each by itself: over the keys of its path, where a text of that path has them."""
+    q, k, v = padded(1, 6, 7, 16), *(padded(1, 2, 64, 16, dtype=stored) for _ in "kv")
+    depths = torch.tensor([0, 1, 2, 2, 1, 2, 1])
+    form = Form(16, 16, 3, k=stored, v=stored, past=True, windowed=window > 0, apart=16)
+    tree = compute(form, q, k, v, past=torch.tensor([past]), window=window, depths=depths)
+    wide = (x.double() for x in (q, k, v))
+    expected = attention(*wide, None, torch.tensor(past), 0.3, True, window, depths=depths)
+    torch.testing.assert_close(tree.double(), expected, atol=1e-5, rtol=1e-5)
+    for token in range(7):
+        rows = [past + n for n in path_to(depths.tolist(), token)]
+        text = [x.clone() for x in (k, v)]
+        for x, held in zip(text, (k, v), strict=True):
+            x[:, :, past : past + len(rows)] = held[:, :, rows]
+        at, line = torch.tensor([past + len(rows) - 1]), torch.arange(16)
+        alone = compute(form, q[:, :, token : token + 1], *text, past=at, window=window, depths=line)
+        assert alone.equal(tree[:, :, token : token + 1])
+
+
+def test_queries_apart_are_built():
+    form = Form(64, 64, 4, k="bf16", v="bf16", past=True, windowed=True, apart=16)
+    builds(kernel(form, space(form, 1, "sm_80")[0]), ("sm_80",))
+
+
+def test_queries_apart_are_causal_over_caches():
+    with pytest.raises(ValueError, match="computed apart need `past`"):
+        kernel(Form(16, 16, apart=16), SMALL)
 
 
 @pytest.mark.parametrize("shared", [0, 21])

@@ -34,11 +34,9 @@ from sylvester.compiler.parallel_ops import RANKS
 from sylvester.compiler.program import Program
 from sylvester.compiler.progress import Progress
 from sylvester.compiler.quantized_rows import FLOAT8
-from sylvester.compiler.stages import DRAFT
 from sylvester.compiler.target import Target
 
 FLOAT8_NEEDS = "weights in float8 need compute capability 8.9, that of sm_89 and later"
-TREES = "generation drafts nothing: attention over trees of drafts rounds otherwise than over a text on GPUs"
 
 
 class Cuda(Backend):
@@ -76,7 +74,6 @@ class Cuda(Backend):
         write_tensors(folder / WEIGHTS, _tensors(lasting, entries))
         told = [f"{FLOAT8_NEEDS}: no code for {', '.join(left_out)}"] if left_out else []
         told += [note for entry in entries.values() for note in entry.notes]
-        told += [TREES] if DRAFT in program.info and not verifies(program) else []
         self.notes = list(dict.fromkeys([f"{len(kernels)} kernels for {', '.join(archs)}", *told, *tuning.notes]))
         self.fusions = [fusion for entry in entries.values() for fusion in entry.fusions]
         return replace(made, isas=archs)

@@ -7,18 +7,19 @@ that a key is read once for all of them.
 import triton
 import triton.language as tl
 
+from sylvester.codegen.triton.attention_paths import either, path_rows, standing
 from sylvester.codegen.triton.attention_scores import biased, hidden, in_tree, weighed
-from sylvester.codegen.triton.attention_tiles import cast_to, packed, part_of, queries, tile_rows, tiles_of, write_rows
+from sylvester.codegen.triton.attention_tiles import cast_to, part_of, queries, tile_rows, tiles_of, write_rows
 
 
 @triton.jit
 def over_tiles(
     acc, top, total, x, first, last, k, v, masks, k_row, v_row, mask_key, row, start, limit, window, softcap,
-    tree, depths, rows, shared, k_batch, v_batch, lists,
+    tree, depths, rows, shared, k_batch, v_batch, lists, query, base,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, MASK: tl.constexpr, PRODUCTS: tl.constexpr,
     STORED: tl.constexpr, PRECISION: tl.constexpr, TREE: tl.constexpr, SHARED: tl.constexpr,
-    LISTED: tl.constexpr, CHECKED: tl.constexpr,
+    LISTED: tl.constexpr, APART: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """The sums acc [M, DV] and total [M] with the tiles first .. last - 1 of keys, or of those LISTED; all of them are
     seen unless CHECKED."""
@@ -28,10 +29,13 @@ def over_tiles(
         j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         held = j < limit
         keys, values = k + at * k_row, v + at * v_row
+        place = tl.arange(0, BLOCK_N)
+        if CHECKED and APART > 0:
+            place = path_rows(j, depths, query, base, APART) - tile * BLOCK_N
         if SHARED:
             keys -= (j < shared).to(tl.int64)[:, None] * k_batch
             values -= (j < shared).to(tl.int64)[:, None] * v_batch
-        key = cast_to(tile_rows(keys, k_row, held, D, BLOCK_D, BLOCK_N, STORED, CHECKED), PRODUCTS)
+        key = cast_to(tile_rows(keys, k_row, place, held, D, BLOCK_D, BLOCK_N, STORED, CHECKED), PRODUCTS)
         s = tl.dot(x, tl.trans(key), input_precision=PRECISION)
         s = biased(s, masks, mask_key, j, held, softcap, CAPPED, MASK)
         if CHECKED:
@@ -39,7 +43,7 @@ def over_tiles(
         if CHECKED and TREE:
             s = in_tree(s, tree, depths, row, start, rows, j, window, WINDOWED)
         p, shrink, top, total = weighed(s, top, total)
-        value = cast_to(tile_rows(values, v_row, held, DV, BLOCK_DV, BLOCK_N, STORED, CHECKED), PRODUCTS)
+        value = cast_to(tile_rows(values, v_row, place, held, DV, BLOCK_DV, BLOCK_N, STORED, CHECKED), PRODUCTS)
         acc = tl.dot(cast_to(p, PRODUCTS), value, acc * shrink[:, None], input_precision=PRECISION)
     return acc, top, total
 
@@ -64,23 +68,20 @@ def attention(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr, MASK: tl.constexpr, PAST: tl.constexpr, PRODUCTS: tl.constexpr, STORED: tl.constexpr,
-    PRECISION: tl.constexpr, TREE: tl.constexpr, SHARED: tl.constexpr, LISTED: tl.constexpr,
+    PRECISION: tl.constexpr, TREE: tl.constexpr, SHARED: tl.constexpr, LISTED: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Query i stands at `offset` + *past + i and, with PAST, there are keys up to the last query. With TREE the queries
     are a tree of tokens, with their ancestors in `tree` [rows, rows] and their depths. With SHARED the keys before
     *shared are those of the first row of the batch. LISTED > 0 tells how many heads share a key head, while GROUP is 1
     and kv_heads are all heads; a block of 64 queries sees the tiles of 64 keys in lists [batch, heads, blocks, most],
-    up to the first below 0.
+    up to the first below 0. With APART > 0, the most tokens of a tree, each query is computed by itself, over what it
+    would see at the end of a text: its bits are those of single tokens, whose depth is 0.
 
     With SPLITS > 1, y is float32 [key heads of the batch, rows * GROUP, SPLITS, DV], sums before their division, and
     tops [..., SPLITS, 2] their greatest score and total weight.
     """
-    block, group, batch, inside, row, head = packed(rows, kv_heads, BLOCK_M, GROUP)
-    start = offset
-    limit = keys
-    if PAST:
-        start += tl.load(past).to(tl.int32)
-        limit = tl.minimum(keys, start + rows)
+    query, group, batch, inside, row, head = either(rows, kv_heads, BLOCK_M, GROUP, APART)
+    base, start, limit, block, line = standing(offset, past, depths, query, row, rows, keys, PAST, APART)
     factor = scale / softcap if CAPPED else scale * 1.4426950408889634
     x = queries(q + batch * q_batch, q_row, q_head, row, head, inside, factor, D, BLOCK_D)
     x = cast_to(x, PRODUCTS)
@@ -101,28 +102,30 @@ def attention(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     a, b, c, e = tiles_of(block, rows, start, limit, window, BLOCK_M, BLOCK_N, GROUP, CAUSAL, WINDOWED, TREE)
+    if APART > 0:
+        c = tl.maximum(tl.minimum(c, base // BLOCK_N), b)
     if LISTED:
         a, b, c, e = 0, 0, 0, length(lists, most)
     split = tl.program_id(1)
     a, b, c, e = part_of(a, b, c, e, split, SPLITS)
     if WINDOWED and not LISTED:
         acc, top, total = over_tiles(
-            acc, top, total, x, a, b, k, v, masks, k_row, v_row, mask_key, row, start, limit, window, softcap,
-            tree, depths, rows, common, k_batch, v_batch, lists,
+            acc, top, total, x, a, b, k, v, masks, k_row, v_row, mask_key, line, start, limit, window, softcap,
+            tree, depths, rows, common, k_batch, v_batch, lists, query, base,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED,
-            PRECISION, TREE, SHARED, LISTED, True,
+            PRECISION, TREE, SHARED, LISTED, APART, True,
         )  # fmt: skip
     acc, top, total = over_tiles(
-        acc, top, total, x, b, c, k, v, masks, k_row, v_row, mask_key, row, start, limit, window, softcap,
-        tree, depths, rows, common, k_batch, v_batch, lists,
+        acc, top, total, x, b, c, k, v, masks, k_row, v_row, mask_key, line, start, limit, window, softcap,
+        tree, depths, rows, common, k_batch, v_batch, lists, query, base,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED,
-        PRECISION, TREE, SHARED, LISTED, False,
+        PRECISION, TREE, SHARED, LISTED, APART, False,
     )  # fmt: skip
     acc, top, total = over_tiles(
-        acc, top, total, x, c, e, k, v, masks, k_row, v_row, mask_key, row, start, limit, window, softcap,
-        tree, depths, rows, common, k_batch, v_batch, lists,
+        acc, top, total, x, c, e, k, v, masks, k_row, v_row, mask_key, line, start, limit, window, softcap,
+        tree, depths, rows, common, k_batch, v_batch, lists, query, base,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, WINDOWED, CAPPED, MASK, PRODUCTS, STORED,
-        PRECISION, TREE, SHARED, LISTED, True,
+        PRECISION, TREE, SHARED, LISTED, APART, True,
     )  # fmt: skip
     if SPLITS > 1:
         r = block * BLOCK_M + tl.arange(0, BLOCK_M)

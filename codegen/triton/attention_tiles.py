@@ -33,10 +33,12 @@ def write_rows(y, out, row_stride, head_stride, row, head, inside, DV: tl.conste
 
 @triton.jit
 def tile_rows(
-    at, stride, held, D: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, STORED: tl.constexpr, CHECKED: tl.constexpr
-):
-    """N rows from `at` on [N, BLOCK]: floats, or records of 8 or 4 bits. Zeros past D, and where not `held`."""
-    rows = at + tl.arange(0, N)[:, None] * stride
+    at, stride, place, held,
+    D: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, STORED: tl.constexpr, CHECKED: tl.constexpr,
+):  # fmt: skip
+    """The rows `place` [N] from `at` on [N, BLOCK]: floats, or records of 8 or 4 bits. Zeros past D, and where not
+    `held`."""
+    rows = at + place[:, None] * stride
     d = tl.arange(0, BLOCK)[None, :]
     keep = tl.full([N, BLOCK], 1, tl.int1)
     if BLOCK != D:
