@@ -157,10 +157,10 @@ def _constants(form: Form, tiles: Tiles, splits: int) -> dict[str, Constant]:
     }  # fmt: skip
 
 
-def ancestry(most: int) -> Kernel:
-    """The ancestors of up to `most` tokens, bytes [rows, rows], from their depths; one program."""
+def ancestry(tokens: int) -> Kernel:
+    """The ancestors of tokens, bytes [rows, rows], from their depths; a program for so many, or a few more."""
     types = {"tree": "*u8", "depths": "*i64", "rows": "i32"}
-    return Kernel(text("attention"), "ancestors", types, {"BLOCK": block(most)}, warps=1)
+    return Kernel(text("attention"), "ancestors", types, {"BLOCK": block(tokens)}, warps=1)
 
 
 def joining(form: Form, splits: int) -> Kernel:

@@ -80,11 +80,11 @@ def _tree(lowering: GpuLowering, depths: Lazy, form: Form, rows: Index, apart: b
             "cuda has no kernel for a tree of queries with a mask, without `past` or that see later ones",
             hint="leave 'tree' out of draft",
         )
-    found = lowering.buffer("arena", (index(STEADY_QUERIES), index(STEADY_QUERIES)), "u8")
+    found = lowering.buffer("arena", (rows, rows), "u8")
     given: dict[str, Given] = {"tree": Pointer(found.name, index(0), "u8"), "depths": _number(lowering, depths)}
     ancestry = gpu_attention.ancestry(STEADY_QUERIES)
     when = (rows, STEADY_QUERIES + 1, NO_LIMIT) if apart else None
-    lowering.launch(ancestry, (index(1),), {**given, "rows": rows}, (found.name,), when)
+    lowering.launch(ancestry, (over(rows, STEADY_QUERIES),), {**given, "rows": rows}, (found.name,), when)
     return given
 
 

@@ -21,7 +21,7 @@ from sylvester.codegen.gpu_attention import (
 )
 from sylvester.compiler.ops import attention, sample
 from sylvester.compiler.quantized_ops import attention_bf16
-from sylvester.compiler.token_tree import path_to
+from sylvester.compiler.token_tree import path_to, tree_visible
 from tests.gpu import builds, run
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -134,6 +134,13 @@ def test_a_tree_of_queries(window, splits):
     wide = (x.double() for x in (q, k, v))
     expected = attention(*wide, None, past, 0.3, True, window, depths=depths)
     torch.testing.assert_close(y.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tree_of_more_queries_than_a_program_finds_ancestors_for():
+    depths = torch.tensor([0, 1, 2, 3, 2, 1, 1, 2, 3, 4, 4, 3, 2, 2, 1, 2, 3, 3, 1, 2])
+    tree = torch.full((20, 20), 7, dtype=torch.uint8)
+    run(ancestry(16), (2,), tree=tree, depths=depths, rows=20)
+    assert tree.bool().equal(tree_visible(20, 0, depths, 0))
 
 
 @pytest.mark.parametrize("stored", ["f32", "bf16"])

@@ -163,8 +163,9 @@ def joined(
 
 @triton.jit
 def ancestors(tree, depths, rows, BLOCK: tl.constexpr):
-    """tree [rows, rows] of the depths of tokens in preorder: token j is i, or all after it up to i are deeper."""
-    i = tl.arange(0, BLOCK)
+    """tree [rows, rows] of the depths of tokens in preorder: token j is i, or all after it up to i are deeper; BLOCK
+    tokens i a program."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     least = tl.full([BLOCK], 2147483647, tl.int32)
     for back in range(rows):
         j = rows - 1 - back
