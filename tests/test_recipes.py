@@ -144,6 +144,13 @@ def test_widths_that_are_not_faster_are_widened(outliers):
     )
 
 
+def test_float8_is_rotated_by_the_loss_and_keeps_its_width(outliers):
+    expansion = expand(resolve_passes("fp8"), outliers, Even())
+    assert expansion.passes[-3:] == (Quantize("fp8"), QuantizeCache(), QuantizeAttention())
+    assert any("rotation ffn" in note for note in expansion.notes)
+    assert not any("rejected for" in note for note in expansion.notes)
+
+
 def test_a_recipe_with_calibration_uses_what_was_measured(outliers):
     expansion = expand(resolve_passes("w4a4"), outliers, Even())
     passes, notes = expansion.passes, expansion.notes
