@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sylvester.compiler import quantized_ops as dialect
+from sylvester.compiler.calibration import Calibration
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.pipeline import Pipeline
 from sylvester.compiler.program import Program
@@ -104,3 +105,17 @@ def test_layers_have_short_floats_beside_whole_numbers() -> None:
 
     assert ops(after)[1::2] == ["sylvester.linear_fp8", "sylvester.linear_fp16", "sylvester.linear_w4"]
     assert sorted(after.weights) == ["w0.fp8", "w0.scales", "w1.fp16", "w2.int4", "w2.scales"]
+
+
+def test_calibration_data_says_what_short_floats_lose() -> None:
+    made = layers(2)
+    step = Quantize("fp16", per_layer={"w0": "fp8"})
+    plain = Pipeline((step,))(made)
+    made.calibration = Calibration(tuple({"x0": torch.randn(2, 3, 64)} for _ in range(3)))
+
+    after, ledger = Pipeline((step,)).run(made)
+
+    assert all(after.weights[key].equal(tensor) for key, tensor in plain.weights.items())
+    found = {f.where: f.value for f in ledger.rows[0].changes.figures if f.name == "sqnr dB"}
+    assert 27 < found["w0"] < 34
+    assert 65 < found["w1"] < 80
