@@ -124,6 +124,9 @@ class Quantize(Pass):
                 changes.note(f"{layer.key} is read outside the main entry only: scales searched instead of gptq")
         if self.activations is None and any(layer.width.activations == 16 for layer in layers if layer.width.whole):
             changes.note("rows of x are integers of 16 bits")
+        float8 = [layer.key for layer in layers if layer.width.weights == FP8]
+        if float8 and self.method != "rtn":
+            changes.note(f"rounded to nearest, not by {self.method}, as they are fp8: {', '.join(float8)}")
 
     def _rewrite(self, program: Program, layer: Layer) -> None:
         linear, widen = OPS[layer.width.weights]

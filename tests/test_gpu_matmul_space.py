@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sylvester.codegen.gpu_architectures import SHARED
+from sylvester.codegen.gpu_architectures import SHARED, has_float8
 from sylvester.codegen.gpu_matmul import SIZES, Linear, Norm, aligned_of, gemv, kernel
 from sylvester.codegen.gpu_matmul_space import gemv_tiles, shared_bytes, tiles
 from tests.gpu import builds
@@ -14,6 +14,8 @@ LAYERS = {
     "float32": Linear("fp32", "fp32", "fp32"),
     "int8": Linear("i8", "i8", "bf16", rounding="given", gated=True, activation="silu"),
     "int8, fused": Linear("fp32", "i8", "fp32", rounding="rows", gated=True, activation="gelu"),
+    "float8": Linear("fp8e4nv", "fp8e4nv", "fp32", rounding="given", gated=True, activation="silu"),
+    "float8, fused": Linear("fp32", "fp8e4nv", "fp32", rounding="rows", norm=Norm("rms", 1e-6, "fp32")),
     "int4": Linear("bf16", "i4", "bf16", group=64),
     "int3": Linear("bf16", "i3", "bf16", group=32, rounding="rows", norm=Norm("rms", 1e-6)),
 }
@@ -55,9 +57,11 @@ def test_as_much_as_hides_latency_is_asked_for():
     assert steps == [1024, 512, 256]
 
 
+BUILT = [(name, arch) for name in LAYERS for arch in SHARED if has_float8(arch) or "float8" not in name]
+
+
 @pytest.mark.nightly
-@pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("name", "arch"), BUILT)
 def test_defaults_have_machine_code(name: str, arch: str):
     linear = LAYERS[name]
     for m in (17, 300):

@@ -101,10 +101,11 @@ def test_weights_beyond_float16_are_refused_by_name() -> None:
 def test_layers_have_short_floats_beside_whole_numbers() -> None:
     step = Quantize(4, method="mse", per_layer={"w0": "fp8", "w1": "fp16"})
 
-    after = Pipeline((step,))(layers(3))
+    after, ledger = Pipeline((step,)).run(layers(3))
 
     assert ops(after)[1::2] == ["sylvester.linear_fp8", "sylvester.linear_fp16", "sylvester.linear_w4"]
     assert sorted(after.weights) == ["w0.fp8", "w0.scales", "w1.fp16", "w2.int4", "w2.scales"]
+    assert ledger.rows[0].changes.notes == ["rounded to nearest, not by mse, as they are fp8: w0"]
 
 
 def test_calibration_data_says_what_short_floats_lose() -> None:
