@@ -21,6 +21,7 @@ from sylvester.codegen.layout import PANEL
 from sylvester.codegen.quantized import LARGEST_DEPTH
 from sylvester.compiler.errors import CompileError, Unsupported
 from sylvester.compiler.hadamard import largest_block, paley_signs, scheme_of
+from sylvester.compiler.halo_grouped import GROUP
 from sylvester.compiler.halo_quantise import format_of
 from sylvester.compiler.halo_rotate import padded
 from sylvester.compiler.target import Target, host_architecture
@@ -75,6 +76,8 @@ class Kernels:
         self.multiplies = variant in DOTS
         self._region = parallel_region()
         code.sv_halo_rounded.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_float]
+        code.sv_halo_grouped.argtypes = [ctypes.c_void_p] * 5
+        code.sv_halo_restored.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_float, *[ctypes.c_void_p] * 2]
         if self.multiplies:
             code.sv_halo_mm.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_float, *[ctypes.c_void_p] * 7]
 
@@ -98,6 +101,34 @@ class Kernels:
             values.data_ptr(), found.data_ptr(), chosen.top,
         )  # fmt: skip
         return values, found
+
+    def grouped(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`halo_grouped.grouped`."""
+        if x.dtype not in FLOATS or not x.numel():
+            return None
+        x = x if x.stride(1) == 1 else x.contiguous()
+        rows, width = x.shape
+        values = x.new_empty((rows, width), dtype=torch.int8)
+        scales = x.new_empty((rows, -(-width // GROUP)), dtype=torch.bfloat16)
+        numbers = (rows, width, x.stride(0), x.dtype == torch.bfloat16)
+        self._call(self._code.sv_halo_grouped, numbers, x.data_ptr(), values.data_ptr(), scales.data_ptr())
+        return values, scales
+
+    def restored(self, values: Tensor, scale: Tensor, dtype: torch.dtype, features: bool = False) -> Tensor | None:
+        """`halo_grouped.restored` of scales [rows, groups], and `turned_back` of one scale."""
+        taken = values.dtype == torch.int8 and dtype in FLOATS and values.is_contiguous() and values.numel()
+        if not taken:
+            return None
+        rows, width = values.shape
+        y = values.new_empty((rows, width), dtype=dtype)
+        scales, one = (scale, 0.0) if scale.ndim else (None, float(scale))
+        order = largest_block(width) if features else 1
+        self._call(
+            self._code.sv_halo_restored,
+            (rows, width, dtype == torch.bfloat16),
+            values.data_ptr(), _pointer(scales), one, _reference(order, True), y.data_ptr(),
+        )  # fmt: skip
+        return y
 
     def product(
         self,

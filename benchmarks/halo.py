@@ -4,7 +4,8 @@
     python -m benchmarks.halo --device cuda --width 4096 --batch 4 --length 2048        # beside torch.compile, fp8 too
 
 All variants take a step in turns: forward, backward and AdamW. Ratios are of the medians, against bfloat16. Bytes are
-those that are kept for backward: by linear layers, where these are activations, and in all.
+those that are kept for backward, without weights and what is made of them: by linear layers but for the head, and in
+all; --ops shows which op saves them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import sylvester as sv
+from benchmarks.halo_kept import LINEARS, by_op, kept
 
 LEAST_HEADS, HEAD, WIDER = 8, 128, 4
 """Heads of narrow models, features of one in wide models, and how much wider the FFN is."""
@@ -74,6 +76,7 @@ class Result:
     ratio: float
     linears: int
     everything: int
+    ops: dict[str, int]
 
 
 Step = Callable[[], None]
@@ -94,27 +97,6 @@ def trainer(module: nn.Module, ids: Tensor) -> Step:
     return step
 
 
-def kept(module: nn.Module, ids: Tensor, width: int) -> tuple[int, int]:
-    """Bytes that linear layers keep of their inputs, and those of all tensors but weights, each memory once."""
-    tokens = ids.numel()
-    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    shapes = {tuple(p.shape) for p in module.parameters()}
-    seen: dict[int, tuple[int, bool]] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        of_weight = address in weights or tuple(tensor.shape) in shapes or tuple(tensor.shape[::-1]) in shapes
-        if not of_weight:
-            matrix = tensor.ndim == 2 and tensor.shape[0] >= tokens and tensor.shape[1] in (width, WIDER * width)
-            before = seen.get(address, (0, False))
-            seen[address] = max(before[0], tensor.nbytes), before[1] or matrix
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss(module, ids).backward()
-    return sum(n for n, matrix in seen.values() if matrix), sum(n for n, _ in seen.values())
-
-
 def variants(options: argparse.Namespace, ids: Tensor) -> dict[str, nn.Module]:
     model = Model(options.layers, options.vocabulary, options.width).to(options.device)
     found: dict[str, nn.Module] = {"bf16": copy.deepcopy(model).bfloat16()}
@@ -125,16 +107,25 @@ def variants(options: argparse.Namespace, ids: Tensor) -> dict[str, nn.Module]:
         found["bf16 compiled"] = torch.compile(copy.deepcopy(model).bfloat16(), mode="max-autotune")
     for level, format in (*((n, "int8") for n in range(4)), *((n, "fp8") for n in ((0, 2) if on_gpu else ()))):
         found[f"{format} HALO-{level}"] = sv.halo(copy.deepcopy(model).bfloat16(), (ids,), level, format)
+    for level in (2, 3):
+        module = sv.halo(copy.deepcopy(model).bfloat16(), (ids,), level, saved="int8")
+        found[f"int8 HALO-{level} saved int8"] = module
     if options.joint:
         found["int8 HALO-2 joint"] = sv.halo(copy.deepcopy(model).bfloat16(), (ids,), joint=True)
     return found
+
+
+def keeps(module: nn.Module, ids: Tensor) -> tuple[int, int, dict[str, int]]:
+    """Bytes of linear layers but for the head, in all, and by op as autograd would save them."""
+    ops = by_op(module, lambda: loss(module, ids))
+    return sum(ops.get(name, 0) for name in LINEARS), kept(module, lambda: loss(module, ids)), ops
 
 
 def measure(options: argparse.Namespace) -> list[Result]:
     torch.manual_seed(0)
     ids = torch.randint(options.vocabulary, (options.batch, options.length), device=options.device)
     modules = variants(options, ids)
-    memory = {name: kept(module, ids, options.width) for name, module in modules.items()}
+    memory = {name: keeps(module, ids) for name, module in modules.items()}
     steps = {name: trainer(module, ids) for name, module in modules.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     clock = time.process_time if options.processor else time.perf_counter
@@ -160,12 +151,20 @@ def wait(x: Tensor) -> None:
 
 def show(results: list[Result]) -> None:
     base = results[0]
-    print(f"{'step':14} {'median':>10} {'best':>10} {'x bf16':>7} {'kept by linears':>20} {'in all':>16}")
+    print(f"{'step':23} {'median':>10} {'best':>10} {'x bf16':>7} {'kept by linears':>20} {'in all':>16}")
     for r in results:
         linears, everything = (
             f"{n / 1e6:.1f} MB {n / m:.2f}x" for n, m in ((r.linears, base.linears), (r.everything, base.everything))
         )
-        print(f"{r.variant:14} {r.median:7.1f} ms {r.best:7.1f} ms {r.ratio:6.2f}x {linears:>20} {everything:>16}")
+        print(f"{r.variant:23} {r.median:7.1f} ms {r.best:7.1f} ms {r.ratio:6.2f}x {linears:>20} {everything:>16}")
+
+
+def show_ops(results: list[Result]) -> None:
+    """What autograd saves without hooks, by op, of the variants that have none."""
+    for r in results:
+        if "saved" not in r.variant:
+            ops = sorted(r.ops.items(), key=lambda item: -item[1])
+            print(f"{r.variant}: " + ", ".join(f"{name} {n / 1e6:.1f} MB" for name, n in ops))
 
 
 def show_profile(options: argparse.Namespace) -> None:
@@ -200,6 +199,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--joint", action="store_true", help="the joint graph as well")
     parser.add_argument("--quick", action="store_true", help="without float32")
+    parser.add_argument("--ops", action="store_true", help="bytes by the op that saves them as well")
     parser.add_argument("--profile", action="store_true", help="where the time goes, instead of ratios")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -210,6 +210,8 @@ def main() -> None:
         return
     results = measure(options)
     show(results)
+    if options.ops:
+        show_ops(results)
     if options.json:
         options.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n", encoding="utf-8")
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from sylvester.codegen.hadamard import hadamard_header
 from sylvester.codegen.isa import Isa
 from sylvester.codegen.prelude import prelude, render
+from sylvester.compiler.halo_grouped import GROUP
 
 BLOCK_ROWS = 48
 """Rows of A that one task multiplies."""
 
 
 def text() -> str:
-    """`sv_halo_rounded` for every instruction set, `sv_halo_mm` for those with dot products of bytes."""
+    """`sv_halo_mm` for instruction sets with dot products of bytes, all else for every one."""
     headers = [render(f"{part}.h.in") for part in ("qrow", "qtile")]
-    kernels = [render("halo.h.in"), render("halo_rounded.c.in"), render("halo_mm.c.in", ROWS=BLOCK_ROWS)]
+    grouped = render("halo_grouped.c.in", GROUP=GROUP)
+    kernels = [render("halo.h.in"), render("halo_rounded.c.in"), grouped, render("halo_mm.c.in", ROWS=BLOCK_ROWS)]
     return "\n".join([*headers, hadamard_header(), *kernels])
 
 

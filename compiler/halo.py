@@ -11,7 +11,7 @@ from torch import nn
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.halo_graph import plan, rewrite, unmatched
 from sylvester.compiler.halo_joint_module import JointModule
-from sylvester.compiler.halo_module import HaloModule, Report
+from sylvester.compiler.halo_module import EXACT, SAVED, HaloModule, Report
 from sylvester.compiler.halo_ops import level_of
 from sylvester.compiler.halo_quantise import format_of
 from sylvester.compiler.training_trace import capture_training
@@ -28,6 +28,7 @@ def halo(
     simulate: bool = True,
     dynamic: Any = None,
     joint: bool = False,
+    saved: str = "exact",
 ) -> HaloModule:
     """A module with the same parameters whose linear layers train in `format`: "int8", "fp8" or "int4".
 
@@ -40,6 +41,9 @@ def halo(
     layers read, or add, are done once. The first call with inputs of each size traces it again. Gradients are the same
     but for rounding.
 
+    `saved` is how norms, activations, attention and products that stay as they are keep their operands and results for
+    the backward pass: "exact", or "int8", in groups of 64 values with a scale each, which changes gradients slightly.
+
     `module.report` says which layers were rewritten, which not and why, and what computes the products: a simulation in
     float where the device does not multiply the format, which without `simulate` is an error of the first call there.
     `CompileError` for a model that cannot be traced for training or has no linear layer left.
@@ -48,6 +52,7 @@ def halo(
         raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module with parameters to train")
     level_of(level)
     format_of(format)
+    _require_saved(saved, joint)
     patterns = (skip,) if isinstance(skip, str) else tuple(skip)
     captured = capture_training(model, example_inputs, dynamic)
     program = captured.program
@@ -61,7 +66,17 @@ def halo(
     plain = replace(captured, program=program.clone())
     rewrite(program.main, found.chosen, level, format)
     rewritten = tuple(dict.fromkeys(linear.key for linear in found.chosen))
-    report = Report(level, format, rewritten, found.kept, tuple(program.info["notes"]))
+    report = Report(level, format, rewritten, found.kept, tuple(program.info["notes"]), saved=saved)
     if joint:
         return JointModule(model, plain, captured, report, simulate)
     return HaloModule(model, captured, report, simulate)
+
+
+def _require_saved(saved: str, joint: bool) -> None:
+    if saved not in SAVED:
+        raise ValueError(f"saved is {saved!r}, expected one of {SAVED}")
+    if joint and saved != EXACT:
+        raise CompileError(
+            "a joint graph keeps what its own partition says, as it is",
+            hint='use saved="int8" without joint=True, or joint=True with saved="exact"',
+        )

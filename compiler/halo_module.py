@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,6 +14,7 @@ from sylvester.compiler import ops
 from sylvester.compiler.differentiable import CPU, fused_attention, makes_tensor
 from sylvester.compiler.errors import InputError, Unsupported
 from sylvester.compiler.halo_kernels import arithmetic
+from sylvester.compiler.halo_saving import counted, saving
 from sylvester.compiler.inputs import named_arguments
 from sylvester.compiler.program import Binding, Entry, Program, binding, value
 from sylvester.compiler.training_trace import Captured, turned_on
@@ -21,6 +22,9 @@ from sylvester.compiler.training_trace import Captured, turned_on
 if TYPE_CHECKING:
     from sylvester.compiler.halo_sharded import Sharding
 
+EXACT = "exact"
+SAVED = (EXACT, "int8")
+"""How activations are kept for the backward pass, other than by linear layers."""
 CONSTANTS = "halo_constants"
 """Submodule of tensors that the trace holds and the model has no name for."""
 
@@ -35,9 +39,15 @@ class Report:
     kept: Mapping[str, str]
     notes: tuple[str, ...] = ()
     arithmetic: str = ""
+    saved: str = EXACT
+    saving: Mapping[str, int] = field(default_factory=dict)
+    """Ops that save activations in 8 bits, by name."""
 
     def __str__(self) -> str:
         lines = [f"HALO-{self.level} in {self.format}: {len(self.rewritten)} linear layers, {self.arithmetic}"]
+        if self.saved != EXACT:
+            ops = ", ".join(f"{count} {name}" for name, count in self.saving.items()) or "no op"
+            lines.append(f"  saved in {self.saved} for the backward pass by {ops}; by all others as it is")
         lines += [f"  stays as it is: {key}: {why}" for key, why in self.kept.items()]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
@@ -80,13 +90,17 @@ class HaloModule(nn.Module):
             (True, CPU): _function(turned_on(entry)),
             (False, CPU): _function(entry),
         }
+        self._running: dict[torch.device, dict[bool, fx.GraphModule]] = {}
         self.train(model.training)
 
     @property
     def report(self) -> Report:
         """What trains how, on the device where the parameters are."""
-        found = self._report
-        return replace(found, arithmetic=arithmetic(found.format, next(self.parameters()).device))
+        found, device = self._report, next(self.parameters()).device
+        return replace(found, arithmetic=arithmetic(found.format, device), saving=self._saving(device))
+
+    def _saving(self, device: torch.device) -> dict[str, int]:
+        return counted(self.running(device)[True])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = self._arguments(args, kwargs)
@@ -99,7 +113,7 @@ class HaloModule(nn.Module):
 
     def _graph(self, device: torch.device) -> fx.GraphModule:
         self._require_arithmetic(device)
-        return self.graphs(device)[self.training]
+        return self.running(device)[self.training]
 
     def _require_arithmetic(self, device: torch.device) -> None:
         if not self._simulate and (how := arithmetic(self._report.format, device)).startswith("simulated"):
@@ -108,13 +122,26 @@ class HaloModule(nn.Module):
             )
 
     def graphs(self, device: torch.device) -> dict[bool, fx.GraphModule]:
-        """What runs in training and in evaluation; operands are those of `bindings`."""
+        """What training and evaluation compute; operands are those of `bindings`."""
         graphs = self._graphs
         return {mode: graphs.get((mode, device)) or _moved(graphs[mode, CPU], device) for mode in (True, False)}
+
+    def running(self, device: torch.device) -> dict[bool, fx.GraphModule]:
+        """What runs in training and in evaluation: the graphs, with what training saves as `saved` says."""
+        if device not in self._running:
+            self._running[device] = self._with_saved(self.graphs(device))
+        return self._running[device]
 
     def run_with(self, graphs: Mapping[bool, fx.GraphModule], device: torch.device) -> None:
         """Compute with other graphs of the same operands and results, on one device."""
         self._graphs = {(training, device): graph for training, graph in graphs.items()}
+        self._running.clear()
+
+    def _with_saved(self, graphs: dict[bool, fx.GraphModule]) -> dict[bool, fx.GraphModule]:
+        if self._report.saved == EXACT:
+            return graphs
+        inputs = [place for place, bound in enumerate(self._bindings) if bound.kind == "input"]
+        return {True: saving(graphs[True], inputs), False: graphs[False]}
 
     @property
     def bindings(self) -> tuple[Binding, ...]:
