@@ -11,7 +11,7 @@ from torch import nn
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.halo_graph import plan, rewrite, unmatched
 from sylvester.compiler.halo_joint_module import JointModule
-from sylvester.compiler.halo_module import EXACT, SAVED, HaloModule, Report
+from sylvester.compiler.halo_module import EXACT, HaloModule, Report, require_saved
 from sylvester.compiler.halo_ops import level_of
 from sylvester.compiler.halo_quantise import format_of
 from sylvester.compiler.training_trace import capture_training
@@ -28,7 +28,7 @@ def halo(
     simulate: bool = True,
     dynamic: Any = None,
     joint: bool = False,
-    saved: str = "exact",
+    saved: str = EXACT,
 ) -> HaloModule:
     """A module with the same parameters whose linear layers train in `format`: "int8", "fp8" or "int4".
 
@@ -52,7 +52,8 @@ def halo(
         raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module with parameters to train")
     level_of(level)
     format_of(format)
-    _require_saved(saved, joint)
+    require_saved(saved)
+    _require_own_partition(joint, saved)
     patterns = (skip,) if isinstance(skip, str) else tuple(skip)
     captured = capture_training(model, example_inputs, dynamic)
     program = captured.program
@@ -72,9 +73,7 @@ def halo(
     return HaloModule(model, captured, report, simulate)
 
 
-def _require_saved(saved: str, joint: bool) -> None:
-    if saved not in SAVED:
-        raise ValueError(f"saved is {saved!r}, expected one of {SAVED}")
+def _require_own_partition(joint: bool, saved: str) -> None:
     if joint and saved != EXACT:
         raise CompileError(
             "a joint graph keeps what its own partition says, as it is",

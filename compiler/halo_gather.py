@@ -164,9 +164,10 @@ class Gathered(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not HALO_LINEAR:
             return cast(Any, super()).__torch_function__(func, types, args, kwargs)
-        x, weight, bias, level, format, name = args
+        x, weight, bias, level, format, name, _, _, x_values, x_scale = (*args, *(None,) * 4)[:10]
+        values, scale = weight.rounded
         with torch._C.DisableTorchFunctionSubclass():
-            return halo_linear(x, weight, bias, level, format, name, *weight.rounded)
+            return halo_linear(x, weight, bias, level, format, name, values, scale, x_values, x_scale)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

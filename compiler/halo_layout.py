@@ -90,11 +90,11 @@ class OfLinear(Form):
 class Mask(Form):
     """Where values are not 0: all that the gradient of ReLU reads, and with `share` all that dropout draws."""
 
-    dtype: torch.dtype
+    layout: Layout
     share: float = 1.0
 
     def restore(self, parts: Sequence[Tensor]) -> Tensor:
-        return parts[0].to(self.dtype).div_(self.share)
+        return self.layout.fill(parts[0].to(self.layout.dtype).div_(self.share))
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,11 @@ CONSTANTS = "halo_constants"
 """Submodule of tensors that the trace holds and the model has no name for."""
 
 
+def require_saved(saved: str) -> None:
+    if saved not in SAVED:
+        raise ValueError(f"saved is {saved!r}, expected one of {SAVED}")
+
+
 @dataclass(frozen=True)
 class Report:
     """Keys of the weights that train in `format`, of others with the reason, and what multiplies."""

@@ -152,6 +152,7 @@ class Halo(torch.autograd.Function):
         level: int,
         format: str,
         name: str,
+        given: Rounded | None,
     ) -> Tensor:
         if values is not None and scale is not None:
             w = Rounded(values, scale)
@@ -160,7 +161,7 @@ class Halo(torch.autograd.Function):
         if x.shape[-1] != w.values.shape[1]:
             raise ValueError(f"{_layer(name)} takes {w.values.shape[1]} features, got an input of {list(x.shape)}")
         turns, what, rows = level_of(level), f"the input of {_layer(name)}", x.reshape(-1, x.shape[-1])
-        kept = turned = rounded(rows, format, turns.forward.middle, what=what)
+        kept = turned = given or rounded(rows, format, turns.forward.middle, what=what)
         y = product(turned, _transposed(w), x.dtype, turns.forward, bias=bias)
         if turns.gradient.middle and ctx.needs_input_grad[1]:
             kept = rounded(rows, format, turns.gradient.right, tokens=True, what=what)
@@ -186,7 +187,7 @@ class Halo(torch.autograd.Function):
                 error = rounded(rows, ctx.format, tokens=turns.gradient.middle, what=what)
             dw = product(_transposed(error), Rounded(x_values, x_scale), ctx.dtypes[1], turns.gradient)
         db = rows.sum(0, dtype=_sum_type(rows)).to(ctx.dtypes[2]) if ctx.needs_input_grad[2] else None
-        return dx, dw, db, None, None, None, None, None
+        return dx, dw, db, None, None, None, None, None, None
 
 
 _halo = cast(Callable[..., Tensor], Halo.apply)
@@ -205,18 +206,22 @@ def halo_linear(
     name: str = "",
     values: Tensor | None = None,
     scale: Tensor | None = None,
+    x_values: Tensor | None = None,
+    x_scale: Tensor | None = None,
 ) -> Tensor:
     """x W^T + bias as HALO-`level` trains it in a format; `name` is that of the layer in errors.
 
     `values` and `scale` are those of `rounded_weight(weight)` where it was rounded before; the gradient still goes to
-    `weight`, which is not read then.
+    `weight`, which is not read then. `x_values` and `x_scale` are those of x [rows, in] where another layer of the
+    same level and format has rounded it.
     """
-    return _halo(x, weight, bias, values, scale, level, format, name)
+    given = None if x_values is None or x_scale is None else Rounded(x_values, x_scale)
+    return _halo(x, weight, bias, values, scale, level, format, name, given)
 
 
 def halo_product(x: Tensor, weight: Rounded, bias: Tensor | None, level: int, format: str, name: str = "") -> Tensor:
     """x W^T + bias of a frozen weight from `rounded_weight`, without its gradient: nothing of x is kept."""
-    return _halo(x, None, bias, weight.values, weight.scale, level, format, name)
+    return _halo(x, None, bias, weight.values, weight.scale, level, format, name, None)
 
 
 def _halo_fact(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -225,7 +230,7 @@ def _halo_fact(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
 
 LIBRARY.define(
     "halo_linear(Tensor x, Tensor weight, Tensor? bias, int level, str format, str name='', Tensor? values=None, "
-    "Tensor? scale=None) -> Tensor"
+    "Tensor? scale=None, Tensor? x_values=None, Tensor? x_scale=None) -> Tensor"
 )
 LIBRARY.impl("halo_linear", halo_linear, "CompositeImplicitAutograd")
 HALO_LINEAR = cast(Callable[..., Tensor], torch.ops.sylvester.halo_linear.default)

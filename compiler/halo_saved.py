@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sylvester.compiler.halo_grouped import grouped
 from sylvester.compiler.halo_kernels import PLAIN
-from sylvester.compiler.halo_layout import Form, Groups, Mask, OfLinear, Same, laid_out
+from sylvester.compiler.halo_layout import Form, Groups, Layout, Mask, OfLinear, Same, laid_out
 from sylvester.compiler.halo_quantise import Rounded
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -55,7 +55,6 @@ class Saved:
 class Packed(NamedTuple):
     """Parts of one tensor, whatever number of ops saves it; `source` tells its memory from a later one."""
 
-    form: Form
     parts: Sequence[Tensor]
     source: StorageWeakRef
 
@@ -94,9 +93,11 @@ class Kind:
         of_leaf = x.grad_fn is None or (x._base is not None and x._base.is_leaf and x._base.requires_grad)
         return x.requires_grad and not of_leaf and not any(weight.gives(x) for weight in self.weights)
 
-    def packed(self, x: Tensor) -> tuple[Form, Sequence[Tensor]]:
-        rows, layout = laid_out(x)
-        return Groups(layout), grouped(rows)
+    def form(self, layout: Layout) -> Form:
+        return Groups(layout)
+
+    def parts(self, rows: Tensor) -> Sequence[Tensor]:
+        return grouped(rows)
 
     def waits(self, x: Tensor) -> bool:
         """Whether a linear layer is going to keep the same values."""
@@ -117,8 +118,11 @@ class Result(Kind):
 class Sign(Kind):
     """The result of ReLU."""
 
-    def packed(self, x: Tensor) -> tuple[Form, Sequence[Tensor]]:
-        return Mask(x.dtype), (x != 0,)
+    def form(self, layout: Layout) -> Form:
+        return Mask(layout)
+
+    def parts(self, rows: Tensor) -> Sequence[Tensor]:
+        return (rows != 0,)
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,11 @@ class Noise(Kind):
     def is_activation(self, x: Tensor) -> bool:
         return not x.requires_grad
 
-    def packed(self, x: Tensor) -> tuple[Form, Sequence[Tensor]]:
-        return Mask(x.dtype, self.share), (x != 0,)
+    def form(self, layout: Layout) -> Form:
+        return Mask(layout, self.share)
+
+    def parts(self, rows: Tensor) -> Sequence[Tensor]:
+        return (rows != 0,)
 
 
 @dataclass
@@ -141,6 +148,8 @@ class Keeper:
     packed: dict[Any, Packed] = field(default_factory=dict)
     waiting: list[tuple[Tensor, Saved]] = field(default_factory=list)
     """Results that are rounded by the linear layer that reads them."""
+    inputs: dict[int, Rounded] = field(default_factory=dict)
+    """What several linear layers read, by number, as the first of them has rounded it."""
 
     __hash__ = object.__hash__
 
@@ -160,7 +169,7 @@ class Keeper:
 
     @contextlib.contextmanager
     def seeing(self) -> Iterator[list[Tensor]]:
-        """What autograd saves inside, in order; it is kept as it is."""
+        """What autograd saves inside, in order, until the end; it is kept as it is."""
         found: list[Tensor] = []
         if not _is_saving():
             yield found
@@ -173,6 +182,7 @@ class Keeper:
 
         with saved_tensors_hooks(pack, Saved.restore):
             yield found
+        found.clear()
 
     def _saved(self, x: Tensor, kind: Kind, outer: Hooks | None) -> Saved:
         if not kind.takes(x):
@@ -181,29 +191,35 @@ class Keeper:
         if kind.waits(x):
             self.waiting.append((x.detach(), made))
         else:
-            made.fill(*self._pack(x.detach(), kind)[:2])
+            self._pack(x.detach(), kind, made)
         return made
 
-    def _pack(self, x: Tensor, kind: Kind) -> Packed:
-        storage = x.untyped_storage()
-        key = (storage._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype, x._version, isinstance(kind, Sign))
+    def _pack(self, x: Tensor, kind: Kind, saved: Saved) -> None:
+        """Round x, or take the parts of what has the same memory."""
+        rows, layout = laid_out(x)
+        storage, whole = x.untyped_storage(), rows.is_contiguous() and rows.data_ptr() == x.data_ptr()
+        memory = (x.numel(),) if whole else (x.shape, x.stride())
+        form = kind.form(layout)
+        key = (storage._cdata, x.storage_offset(), memory, x.dtype, x._version, type(form))
         found = self.packed.get(key)
         if found is None or found.source.expired():
-            found = self.packed[key] = Packed(*kind.packed(x), StorageWeakRef(storage))
-        return found
+            found = self.packed[key] = Packed(kind.parts(rows), StorageWeakRef(storage))
+        saved.fill(form, found.parts)
 
     def offer(self, x: Tensor, rounded: Rounded, features: bool) -> None:
         """A linear layer keeps x [..., width] rounded: what waits for the same values takes that."""
-        for entry in list(self.waiting):
-            result, saved = entry
+        left = []
+        for result, saved in self.waiting:
             if result.data_ptr() == x.data_ptr() and result.numel() == x.numel() and x.is_contiguous():
                 saved.fill(OfLinear(laid_out(result)[1], features), rounded)
-                self.waiting.remove(entry)
+            else:
+                left.append((result, saved))
+        self.waiting = left
 
     def settle(self) -> None:
         """Round what no linear layer keeps."""
         for result, saved in self.waiting:
-            saved.fill(*self._pack(result, Kind())[:2])
+            self._pack(result, Kind(), saved)
         self.waiting.clear()
 
 

@@ -54,6 +54,9 @@ def saving(module: fx.GraphModule, inputs: Iterable[int]) -> fx.GraphModule:
     wrapped = [(node, _weights(node, data)) for node in graph.nodes if node in data and node.op == "call_function"]
     for node, weights in reversed(wrapped):
         _wrap(graph, node, keeper, weights)
+    for number, linears in enumerate(_shared_inputs(graph)):
+        for linear in linears:
+            _replace(graph, linear, linear_that_shares, keeper, number)
     graph.eliminate_dead_code()
     parts = {name: _segment(part) if isinstance(part, Segment) else part for name, part in module.named_children()}
     return fx.GraphModule(parts, graph)
@@ -118,12 +121,26 @@ def output_layer(node: fx.Node) -> fx.Node | None:
     while len(node.users) == 1:
         user = next(iter(node.users))
         if user.target is HALO_LINEAR and [i for i, arg in enumerate(user.args) if arg is node] == [0]:
-            level, format = cast(int, user.args[3]), cast(str, user.args[4])
-            return None if level_of(level).gradient.middle or format_of(format).exact else user
+            return user if _keeps_input(user) else None
         if user.target not in SAME_VALUES:
             return None
         node = user
     return None
+
+
+def _keeps_input(linear: fx.Node) -> bool:
+    """Whether a linear layer keeps what it multiplies with forward, in 8 bits."""
+    level, format = cast(int, linear.args[3]), cast(str, linear.args[4])
+    return not level_of(level).gradient.middle and not format_of(format).exact
+
+
+def _shared_inputs(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Linear layers that round the same tensor alike, in order, where there are several."""
+    found: dict[Any, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=HALO_LINEAR):
+        if _keeps_input(node):
+            found.setdefault((node.args[0], *node.args[3:5]), []).append(node)
+    return [nodes for nodes in found.values() if len(nodes) > 1]
 
 
 def _gate(node: fx.Node) -> fx.Node | None:
@@ -188,9 +205,19 @@ def linear_that_keeps(keeper: Keeper, x: Tensor, weight: Tensor, *args: Any) -> 
     """`halo_linear`, whose rounded x is kept once, for it and for the attention that gave x."""
     with keeper.seeing() as saved:
         y = HALO_LINEAR(x, weight, *args)
-    if saved and weight.requires_grad:
-        keeper.offer(x, Rounded(*saved[:2]), level_of(args[1]).forward.middle)
+        if saved and weight.requires_grad:
+            keeper.offer(x, Rounded(*saved[:2]), level_of(args[1]).forward.middle)
     keeper.settle()
+    return y
+
+
+def linear_that_shares(keeper: Keeper, number: int, x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    """`halo_linear`, whose x is rounded and kept once for all layers that read it."""
+    given = keeper.inputs.get(number, (None, None))
+    with keeper.seeing() as saved:
+        y = HALO_LINEAR(x, weight, *args, None, None, *given)
+        if saved and weight.requires_grad:
+            keeper.inputs.setdefault(number, Rounded(*saved[:2]))
     return y
 
 

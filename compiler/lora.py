@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from sylvester.compiler.errors import CompileError
 from sylvester.compiler.halo_graph import MADE_BY, plan, rewrite, turned_in
-from sylvester.compiler.halo_module import HaloModule, Report, adopt, holder_of
+from sylvester.compiler.halo_module import EXACT, HaloModule, Report, adopt, holder_of, require_saved
 from sylvester.compiler.halo_ops import HALO_LINEAR, level_of, rounded_weight
 from sylvester.compiler.halo_quantise import format_of
 from sylvester.compiler.lora_module import Adapters, Base, LoraModule
@@ -36,14 +36,15 @@ def lora(
     head: bool = False,
     simulate: bool = True,
     dynamic: Any = None,
+    saved: str = EXACT,
 ) -> LoraModule:
     """A module that computes the model with frozen weights and trains B A alpha / `rank` beside them.
 
     The weights of its linear layers are kept only as rounded W R, 1 byte a value, found once; drop the model to free
     its own. `targets` are layers with adapters: names, last parts of names, such as "q_proj", or patterns, such as
     "*.mlp.*"; without, all layers that `halo` rewrites. `dropout` is that of what A reads in training. `level`,
-    `format`, `head`, `simulate`, example inputs and `dynamic` are as for `halo`. A and B are float32 and the only
-    parameters with a gradient; B starts as zeros.
+    `format`, `head`, `simulate`, `saved`, example inputs and `dynamic` are as for `halo`. A and B are float32 and the
+    only parameters with a gradient; B starts as zeros.
 
     `module.adapters()`, `save_adapters(folder)` and `load_adapters(folder)` use the names and files of PEFT, and
     `module.merged(model)` gives a state dict of the model. `CompileError` when no layer matches a target.
@@ -51,6 +52,7 @@ def lora(
     _check(model, rank, alpha, dropout)
     level_of(level)
     format_of(format)
+    require_saved(saved)
     captured = capture_training(model, example_inputs, dynamic)
     program = captured.program
     found = plan(program, (), head)
@@ -67,7 +69,7 @@ def lora(
         if (key := _key(node)) in bases:
             _call(program.main, node, frozen, bases[key], adapted)
     program.main.sweep()
-    report = Report(level, format, tuple(bases), found.kept | kept, tuple(program.info["notes"]))
+    report = Report(level, format, tuple(bases), found.kept | kept, tuple(program.info["notes"]), saved=saved)
     return LoraModule(frozen, captured, report, simulate, tuple(bases.values()), adapted, names)
 
 

@@ -29,7 +29,8 @@ HERE = Path(__file__).parent
 WINDOW, BATCH = 256, 8
 HELD_OUT = 0.1
 """The last part of the text, which no run trains on."""
-RUNS = ("fp32", "bf16", "level0", "level2")
+RUNS = ("fp32", "bf16", "level0", "level2", "level2-saved")
+"""The last keeps what other layers save for the backward pass in int8 too."""
 MEASURE_EVERY = 10
 CHANNELS = 3
 """That are multiplied in every block."""
@@ -124,7 +125,8 @@ def loss_of(name: str, model: nn.Module, format: str) -> Callable[[Tensor], Tens
     """Windows [rows, WINDOW + 1] -> mean loss. The parameters are those of the model, whatever computes."""
     if name.startswith("level"):
         example = torch.zeros(2, WINDOW, dtype=torch.int64)
-        module: nn.Module = sv.halo(model.train(), {"input_ids": example}, level=int(name[-1]), format=format)
+        level, saved = int(name[len("level")]), "int8" if name.endswith("saved") else "exact"
+        module: nn.Module = sv.halo(model.train(), {"input_ids": example}, level, format, saved=saved)
         print(module.report)
     else:
         module = model

@@ -63,10 +63,11 @@ def _traced() -> nn.Module:
     return sv.halo(Model(), (data()[:2, :9],), 2, "int8")
 
 
-def build(format: str = "int8", factor: float = 1.0) -> nn.Module:
+def build(format: str = "int8", factor: float = 1.0, saved: str = "exact") -> nn.Module:
     """A module of its own parameters, so many times as large; tracing takes long, so it is for another format after."""
     module = copy.deepcopy(_traced())
-    module._report = replace(module.report, format=format)
+    module._report = replace(module.report, format=format, saved=saved)
+    module._running.clear()
     for graph in module.graphs(torch.device("cpu")).values():
         for node in graph.graph.find_nodes(op="call_function", target=HALO_LINEAR):
             node.update_arg(4, format)
@@ -127,10 +128,10 @@ def trained(module: nn.Module, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
     return found | {f"full:{key}": tensor.clone() for key, tensor in get_model_state_dict(module, options=FULL).items()}
 
 
-def gradients(mesh: DeviceMesh, number: int) -> dict[str, torch.Tensor]:
-    """Every rank has other data: the gradients of all of it."""
-    module = sv.halo_shard(build("exact"), mesh, reduce_dtype=None, reshard_after_forward=False)
-    loss(module, data()[number : number + 1]).backward()
+def gradients(mesh: DeviceMesh, ids: torch.Tensor, format: str, saved: str) -> dict[str, torch.Tensor]:
+    """Means over ranks."""
+    module = sv.halo_shard(build(format, saved=saved), mesh, reduce_dtype=None, reshard_after_forward=saved != "exact")
+    loss(module, ids).backward()
     return {key: parameter.grad.full_tensor() for key, parameter in module.named_parameters()}
 
 
@@ -180,7 +181,9 @@ def main(folder: Path, number: int) -> None:
         save_file(trained(build(format), meshes[ranks]), folder / f"{format}-{ranks}-{number}.safetensors")
     full = build(factor=0.9).state_dict()
     rest = {"restored": restored(meshes[4], full), "refused": refused(meshes[4])}
-    save_file(gradients(meshes[4], number) | rest, folder / f"rest-{number}.safetensors")
+    save_file(gradients(meshes[2], data(), "int8", "int8"), folder / f"saved-{number}.safetensors")
+    mean = gradients(meshes[4], data()[number : number + 1], "exact", "exact")
+    save_file(mean | rest, folder / f"rest-{number}.safetensors")
     dist.destroy_process_group()
 
 

@@ -112,6 +112,19 @@ def test_gradients_are_means_over_ranks(found) -> None:
             torch.testing.assert_close(results[key], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_activations_are_kept_in_8_bits(found) -> None:
+    module, plain = build(saved="int8"), build()
+    value = loss(module, data())
+    value.backward()
+    loss(plain, data()).backward()
+    assert sum(module.report.saving.values()) == 3
+    for results in found["saved"]:
+        for key, parameter in module.named_parameters():
+            torch.testing.assert_close(results[key], parameter.grad, rtol=1e-4, atol=1e-6)
+    changed = [key for key, parameter in plain.named_parameters() if not torch.equal(results[key], parameter.grad)]
+    assert "layers.0.norm.weight" in changed
+
+
 def test_weights_are_restored(found) -> None:
     with torch.no_grad():
         whole, parts = loss(build(factor=0.9), data()), [results["restored"] for results in found["rest"]]

@@ -16,9 +16,10 @@ from sylvester.codegen.halo import text
 from sylvester.compiler import halo_kernels, halo_ops, registry
 from sylvester.compiler.errors import CompileError, ToolchainMissing, Unsupported
 from sylvester.compiler.hadamard import find
+from sylvester.compiler.halo_grouped import GROUP, composite_grouped, composite_restored
 from sylvester.compiler.halo_kernels import arithmetic
 from sylvester.compiler.halo_ops import Rounded, composite_product, composite_rounded, halo_linear
-from sylvester.compiler.halo_rotate import padded
+from sylvester.compiler.halo_rotate import padded, rotate
 from tests.kernel_harness import load, supported
 
 CPU = torch.device("cpu")
@@ -71,6 +72,34 @@ def test_rounding_with_a_given_scale(kernels):
         assert kept == scale
         assert (values - expected).abs().max() < 0.501
     assert not kernels.rounded(torch.zeros(3, 8), None, "int8", True, True)[0].any()
+
+
+def test_groups_of_rows(kernels):
+    for rows, width in SIZES:
+        for dtype in (torch.float32, torch.bfloat16):
+            x = (torch.randn(rows, width) * torch.logspace(-30, 30, rows)[:, None]).to(dtype)
+            x[0, 0], x[-1, -1] = torch.nan, torch.inf
+            found, expected = Rounded(*kernels.grouped(x)), composite_grouped(x)
+            assert torch.equal(found.values, expected.values)
+            torch.testing.assert_close(found.scale, expected.scale, rtol=0, atol=0, equal_nan=True)
+            back = kernels.restored(*found, dtype)
+            torch.testing.assert_close(back, composite_restored(expected, dtype), rtol=0, atol=0, equal_nan=True)
+            finite = back.isfinite()
+            assert (~finite).sum() <= 2 * GROUP
+            near = ((back.double() - x.double()).abs() / x.abs().amax(1, keepdim=True).double())[finite]
+            assert near.nan_to_num().max() < 0.009
+    view = torch.randn(9, 200)[:, 7:177]
+    assert torch.equal(kernels.grouped(view)[0], kernels.grouped(view.contiguous())[0])
+
+
+def test_what_layers_keep_is_turned_back(kernels):
+    for rows, width in SIZES:
+        x = torch.randn(rows, width)
+        for features in (False, True):
+            kept = Rounded(*kernels.rounded(x, None, "int8", features, False))
+            found = kernels.restored(*kept, torch.float32, features).double()
+            expected = rotate(kept.wide().double(), transposed=True) if features else kept.wide().double()
+            assert (found - expected).abs().max() < 1e-5
 
 
 def test_rows_of_any_stride(kernels):
