@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
 from sylvester.compiler.dataflow import reached
@@ -57,13 +57,16 @@ def saving(module: fx.GraphModule, inputs: Iterable[int]) -> fx.GraphModule:
     for number, linears in enumerate(_shared_inputs(graph)):
         for linear in linears:
             _replace(graph, linear, linear_that_shares, keeper, number)
-    graph.eliminate_dead_code()
-    parts = {name: _segment(part) if isinstance(part, Segment) else part for name, part in module.named_children()}
-    return fx.GraphModule(parts, graph)
+    found = fx.GraphModule({name: _part(part) for name, part in module.named_children()}, graph)
+    found.graph.eliminate_dead_code()
+    found.recompile()
+    return found
 
 
-def _segment(found: Segment) -> Segment:
+def _part(found: nn.Module) -> nn.Module:
     """A block with its part of the graph, whose last placeholders are parameters."""
+    if not isinstance(found, Segment):
+        return found
     given = len(found.graph.graph.find_nodes(op="placeholder")) - len(found.places)
     return Segment(found.block, saving(found.graph, range(given)), found.places)
 

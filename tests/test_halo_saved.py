@@ -112,7 +112,7 @@ def test_half_of_bfloat16_is_kept(gate):
 
 
 def test_nothing_else_stays_alive():
-    """Allocated bytes are those that autograd is given: what is kept, results, and rounded weights with their scales."""
+    """Allocated bytes are those that autograd is given: what is kept, results, and rounded weights."""
     module = made().bfloat16()
     loss(module).backward()
     saved = kept(module, lambda: module(IDS).sum())

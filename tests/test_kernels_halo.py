@@ -77,17 +77,17 @@ def test_rounding_with_a_given_scale(kernels):
 def test_groups_of_rows(kernels):
     for rows, width in SIZES:
         for dtype in (torch.float32, torch.bfloat16):
-            x = (torch.randn(rows, width) * torch.logspace(-30, 30, rows)[:, None]).to(dtype)
-            x[0, 0], x[-1, -1] = torch.nan, torch.inf
+            x = (torch.randn(rows, width) * torch.logspace(-25, 30, rows)[:, None]).to(dtype)
+            if rows > 2:
+                x[0, 0], x[-1, -1] = torch.nan, torch.inf
             found, expected = Rounded(*kernels.grouped(x)), composite_grouped(x)
             assert torch.equal(found.values, expected.values)
             torch.testing.assert_close(found.scale, expected.scale, rtol=0, atol=0, equal_nan=True)
             back = kernels.restored(*found, dtype)
             torch.testing.assert_close(back, composite_restored(expected, dtype), rtol=0, atol=0, equal_nan=True)
-            finite = back.isfinite()
-            assert (~finite).sum() <= 2 * GROUP
-            near = ((back.double() - x.double()).abs() / x.abs().amax(1, keepdim=True).double())[finite]
-            assert near.nan_to_num().max() < 0.009
+            assert back.isnan().sum() <= 2 * GROUP
+            off = (back.double() - x.double()).abs() / x.double().abs().amax(1, keepdim=True)
+            assert off.nan_to_num().max() < 0.009
     view = torch.randn(9, 200)[:, 7:177]
     assert torch.equal(kernels.grouped(view)[0], kernels.grouped(view.contiguous())[0])
 
