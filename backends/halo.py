@@ -27,8 +27,8 @@ from sylvester.compiler.halo_rotate import padded
 from sylvester.compiler.target import Target, host_architecture
 
 FLOATS = (torch.float32, torch.bfloat16)
-DOTS = ("vnni", "bf16")
-"""Variants with dot products of bytes whose products are fastest here; those with tiles are left to PyTorch."""
+UNITS = {"vnni": 4, "bf16": 4, "amx": 64}
+"""Variants with dot products of bytes -> the bytes that rows of the left operand are multiples of, to be read in place."""
 
 
 class Turn(ctypes.Structure):
@@ -73,7 +73,7 @@ class Kernels:
 
     def __init__(self, code: ctypes.CDLL, variant: str) -> None:
         self.variant, self._code = variant, code
-        self.multiplies = variant in DOTS
+        self.multiplies = variant in UNITS
         self._region = parallel_region()
         code.sv_halo_rounded.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_float]
         code.sv_halo_grouped.argtypes = [ctypes.c_void_p] * 5
@@ -146,10 +146,10 @@ class Kernels:
         if not self.multiplies or not known or not m * n * k or k > LARGEST_DEPTH or (bias is not None and tokens):
             return None
         (a, a_turned), (b, b_turned) = _laid_out(a), _laid_out(b)
-        steps = (k + 3) // 4 * 4
-        blocks = a_turned or k % 4 != 0
-        packed = a.new_empty(-(-m // BLOCK_ROWS) * BLOCK_ROWS * steps) if blocks else None
-        panels = a.new_empty(-(-n // PANEL) * PANEL * steps)
+        unit = UNITS[self.variant]
+        blocks = a_turned or k % unit != 0
+        packed = a.new_empty((m + BLOCK_ROWS) * (-(-k // unit) * unit)) if blocks else None
+        panels = a.new_empty(-(-n // PANEL) * PANEL * (-(-k // 4) * 4))
         turns_tokens = bool(tokens) and m > 1
         every = a.new_empty((m, n), dtype=torch.float32) if turns_tokens else None
         y = a.new_empty((tokens or m, n), dtype=dtype)

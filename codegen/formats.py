@@ -29,7 +29,7 @@ def format_headers(formats: Collection[FormatName], isa: Isa) -> list[str]:
     wide = [bfloat16.header(isa)] if "bf16" in formats else []
     low_bit = quantised_headers(formats)
     strided = [] if set(formats).isdisjoint(("rows", "columns")) else [sparse.strided_header()]
-    return [*strided, *([render("amx.h.in"), *wide, *low_bit] if low_bit or wide else [])]
+    return [*strided, *([render("amx.h.in"), render("amx_panel.h.in"), *wide, *low_bit] if low_bit or wide else [])]
 
 
 def quantised_headers(formats: Collection[FormatName]) -> list[str]:

@@ -55,7 +55,7 @@ def _present(found: Any) -> Any | None:
 
 
 def has_tiles() -> bool:
-    """Whether PyTorch multiplies int8 by AMX tiles, which nothing else reaches."""
+    """Whether PyTorch multiplies int8 by AMX tiles."""
     return bool(torch.cpu._is_amx_tile_supported())
 
 
@@ -67,14 +67,14 @@ def arithmetic(format: str, device: torch.device) -> str:
         return f"simulated in float32: there are no kernels for {device.type}"
     if not format_of(format).whole:
         return f"simulated in float32: CPUs do not multiply {format}"
-    if has_tiles():
-        return "int8 tiles (AMX) of PyTorch"
     found = library()
+    if not isinstance(found, CompileError) and found.multiplies:
+        return f"int8 {'tiles' if found.variant == 'amx' else 'dot products'} of this CPU ({found.variant})"
+    if has_tiles():
+        return "int8 tiles (AMX) of PyTorch, rotations by its ops"
     if isinstance(found, CompileError):
         return f"simulated in float32: {found.message}"
-    if not found.multiplies:
-        return f"simulated in float32: this CPU ({found.variant}) has no dot products of bytes"
-    return f"int8 dot products of this CPU ({found.variant})"
+    return f"simulated in float32: this CPU ({found.variant}) has no dot products of bytes"
 
 
 def _arithmetic_of_gpu(format: str, found: Any) -> str:

@@ -61,10 +61,10 @@ def level_of(level: int) -> Level:
 
 def _mm(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """scale * (a b) of a [m, k] and b [k, n], with exact sums of whole numbers; float32, or float64 where a is."""
-    if a.dtype == torch.int8 and a.device.type == "cpu" and has_tiles():
-        return torch._int_mm(a, b).float() * scale
     if (kernels := multiplier_for(a, b)) and (found := kernels.product(a, b, scale)) is not None:
         return cast(Tensor, found)
+    if a.dtype == torch.int8 and a.device.type == "cpu" and has_tiles():
+        return torch._int_mm(a, b).float() * scale
     if a.dtype == torch.int8:
         wide = torch.float32 if a.shape[1] * LARGEST_PRODUCT < EXACT_SUM else torch.float64
     else:
@@ -123,7 +123,7 @@ def product(
 ) -> Tensor:
     """a b in `dtype`, of which what was turned left or right is undone, then plus bias."""
     kept = tokens if turns.left else 0
-    if not has_tiles() and (kernels := library_for(*a, *b, bias)):
+    if kernels := library_for(*a, *b, bias):
         found = kernels.product(a.values, b.values, a.scale * b.scale, bias, turns.right, kept, dtype)
         if found is not None:
             return cast(Tensor, found)

@@ -58,7 +58,7 @@ each_build = pytest.mark.parametrize(("isa", "text"), _builds(), ids=_name)
 
 
 def library(isa: Isa, text: str):
-    parts = [text, render("amx.h.in"), header(isa), *quantised_headers(("q8",))]
+    parts = [text, render("amx.h.in"), render("amx_panel.h.in"), header(isa), *quantised_headers(("q8",))]
     return load("".join([*parts, export("bf16", BF16), export("quantized", QUANTIZED)]), isa)
 
 

@@ -43,7 +43,7 @@ def name_of(d: int, dv: int, mask: str, cache: str) -> str:
 
 def source(instances: list[Instance], tuning: Tuning | None = None) -> str:
     """Instances with their sizes i[], operands p[], and the scale and the cap as bits."""
-    parts = [render("amx.h.in"), *quantised_headers(("q8",)), attention_header(tuning)]
+    parts = [render("amx.h.in"), render("amx_panel.h.in"), *quantised_headers(("q8",)), attention_header(tuning)]
     for instance in instances:
         name = name_of(*instance)
         given = ", ".join([*(f"p[{n}]" for n in range(7)), *(f"i[{n}]" for n in range(22))])

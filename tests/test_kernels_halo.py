@@ -13,6 +13,7 @@ from sylvester.backends.cuda import training
 from sylvester.backends.cuda.modules import interpret
 from sylvester.backends.cuda.training import Products
 from sylvester.codegen.halo import text
+from sylvester.codegen.isa import Isa
 from sylvester.compiler import halo_kernels, halo_ops, registry
 from sylvester.compiler.errors import CompileError, ToolchainMissing, Unsupported
 from sylvester.compiler.hadamard import find
@@ -27,9 +28,17 @@ ONE = torch.tensor(1.0)
 SIZES = ((1, 8), (7, 12), (33, 96), (70, 257), (17, 36), (50, 400), (5, 97), (130, 64))
 
 
-@pytest.fixture(params=supported("q8", "bf16"), ids=lambda isa: isa.name)
+def builds() -> list[tuple[Isa, str, str]]:
+    """(instruction set, variant, text), with AMX tiles also emulated where there are dot products of bytes."""
+    found = supported("q8", "bf16")
+    dots = [isa for isa in found if isa.name in halo.UNITS][:1]
+    return [*((isa, isa.name, "") for isa in found), *((isa, "amx", "#define SV_AMX_EMULATE 1\n") for isa in dots)]
+
+
+@pytest.fixture(params=builds(), ids=lambda build: f"{build[1]}{'-emulated' * bool(build[2])}")
 def kernels(request: pytest.FixtureRequest) -> halo.Kernels:
-    return halo.Kernels(load(text(), request.param), request.param.name)
+    isa, variant, before = request.param
+    return halo.Kernels(load(before + text(), isa), variant)
 
 
 @pytest.fixture
@@ -171,18 +180,23 @@ def test_what_multiplies_is_said(monkeypatch):
     assert "simulated in float32: CPUs do not multiply fp8" in arithmetic("fp8", CPU)
     assert arithmetic("int8", torch.device("meta")) == "simulated in float32: there are no kernels for meta"
     monkeypatch.setattr(halo_kernels, "has_tiles", lambda: False)
-    old, new = (SimpleNamespace(multiplies=n == "vnni", variant=n) for n in ("avx2", "vnni"))
+    old, new, tiles = (SimpleNamespace(multiplies=n != "avx2", variant=n) for n in ("avx2", "vnni", "amx"))
     for found, said in (
         (ToolchainMissing("no C compiler"), "simulated in float32: no C compiler"),
         (old, "simulated in float32: this CPU (avx2) has no dot products of bytes"),
         (new, "int8 dot products of this CPU (vnni)"),
+        (tiles, "int8 tiles of this CPU (amx)"),
     ):
         monkeypatch.setattr(registry, "resolve", lambda place, f=found: lambda: f)
         assert arithmetic("int8", CPU) == said
+    monkeypatch.setattr(halo_kernels, "has_tiles", lambda: True)
+    monkeypatch.setattr(registry, "resolve", lambda place: lambda: ToolchainMissing("no C compiler"))
+    assert arithmetic("int8", CPU) == "int8 tiles (AMX) of PyTorch, rotations by its ops"
 
 
-def test_tiles_of_pytorch(monkeypatch):
+def test_tiles_of_pytorch(simulated, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(halo_ops, "has_tiles", lambda: False)
     expected = layer(2)
     monkeypatch.setattr(halo_ops, "has_tiles", lambda: True)
     torch.manual_seed(0)
