@@ -28,7 +28,7 @@ from sylvester.compiler.target import Target, host_architecture
 
 FLOATS = (torch.float32, torch.bfloat16)
 UNITS = {"vnni": 4, "bf16": 4, "amx": 64}
-"""Variants with dot products of bytes -> what rows of the left operand are multiples of where they are read in place."""
+"""Variants with dot products of bytes -> what the depth is a multiple of where the left operand is read in place."""
 
 
 class Turn(ctypes.Structure):
