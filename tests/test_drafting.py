@@ -22,6 +22,7 @@ from sylvester.compiler.speculation import QUERIES
 from sylvester.compiler.token_tree import path_to
 from sylvester.passes.draft import Draft
 from tests import zoo
+from tests.nightly import by_night
 
 DRAFTS = {
     "ngram": "ngram",
@@ -76,7 +77,7 @@ def prompts(batch: int, length: int = 7) -> np.ndarray:
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("batch", by_night([1, 4], [4]))
 def test_tokens_are_those_of_plain_decoding(draft, batch):
     model = eager(compiled(draft=draft))
     for way in WAYS:

@@ -17,11 +17,13 @@ from sylvester.passes.raise_glu import RaiseGlu
 from sylvester.passes.raise_norms import RaiseNorms
 from sylvester.passes.raise_rope import RaiseRope
 from tests import zoo
+from tests.nightly import by_night
 
 RAISE = Pipeline((Canonicalize(), RaiseNorms(), RaiseRope(), RaiseGlu(), RaiseAttention(), Canonicalize()))
 WRITTEN_OUT = ("rsqrt", "sqrt", "softmax", "scaled_dot_product_attention")
 ROTARY = ("llama-gqa", "mistral", "qwen3", "gemma", "phi", "gpt-neox", "odd-names")
 CAUSAL = {"llama-gqa": (True, 0), "mistral": (True, 8), "gpt2": (True, 0), "opt": (True, 0), "bert": (False, 0)}
+DAILY = ("llama-gqa", "mistral", "phi", "gpt2", "bert", "t5", "vit", "odd-names", "resnet")
 EAGER = ("llama-gqa", "mistral", "gpt2", "bert", "t5")
 
 
@@ -41,7 +43,7 @@ def worst(before: Program, after: Program, case: zoo.Case) -> float:
     return max(relative_error(old[name], new[name]) for old, new in runs for name in old)
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", by_night(zoo.NAMES, DAILY))
 def test_everything_is_raised(name: str) -> None:
     case = zoo.case(name)
     before = capture(case.model, dict(case.inputs))
