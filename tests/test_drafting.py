@@ -268,8 +268,12 @@ def test_ngrams_learn_kept_text_only():
 
 @pytest.mark.parametrize(
     ("name", "passes"),
-    [("mistral", ""), ("gpt2", ""), *(("llama-gqa", f"quantize-cache(bits={bits})") for bits in (8, 4))],
-)
+    [
+        ("mistral", ""), pytest.param("gpt2", "", marks=pytest.mark.nightly),
+        pytest.param("llama-gqa", "quantize-cache(bits=8)", marks=pytest.mark.nightly),
+        ("llama-gqa", "quantize-cache(bits=4)"),
+    ],
+)  # fmt: skip
 def test_logits_of_a_tree_are_those_of_each_of_its_chains(name, passes):
     model = compiled(name, "tree", passes)
     prompt, tree = prompts(1), np.random.default_rng(1).integers(3, zoo.VOCAB, (1, 7))

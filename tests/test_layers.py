@@ -18,11 +18,12 @@ from sylvester.passes.depth_schedule import _forget
 from tests import zoo
 from tests.depth_cases import rewritten, traced
 from tests.graphs import ADD, EMBEDDING, GELU, Builder, block, decoder
+from tests.nightly import by_night
 
 STACKED = tuple(name for name, entry in zoo.ENTRIES.items() if entry.stacks)
 
 
-@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("name", by_night(STACKED, ("llama-gqa", "phi", "gpt2", "bert", "t5", "vit", "odd-names")))
 def test_every_block_is_a_layer_with_its_parts(name):
     case = zoo.case(name)
     layers = find_layers(traced(name))

@@ -9,6 +9,12 @@ import torch
 
 import sylvester as sv
 from tests import zoo
+from tests.nightly import by_night
+
+DAILY = (
+    *("llama-gqa", "mistral", "gemma", "phi", "gpt2", "opt", "bert", "vit", "whisper-encoder", "t5", "torch-decoder"),
+    *("odd-names", "resnet", "mobilenet", "mlp"),
+)
 
 TOLERANCE = 1e-4
 ONNX = ("standard", "ort")
@@ -29,7 +35,7 @@ def relative_error(found, expected):
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", by_night(zoo.NAMES, DAILY))
 def test_reference_and_cpu_agree_with_float64(name, tmp_path):
     case = zoo.case(name)
     program = zoo.traced(name).clone()
