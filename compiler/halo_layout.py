@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,11 +59,11 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, width)
 
 
-class Form:
+class Form(ABC):
     """How a tensor comes from the parts that are kept of it."""
 
-    def restore(self, parts: Sequence[Tensor]) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def restore(self, parts: Sequence[Tensor]) -> Tensor: ...
 
 
 @dataclass(frozen=True)
